@@ -1,0 +1,1 @@
+"""What both sides share: layouts, slots, messages, manifests. Imports neither torch nor numpy."""

@@ -1,0 +1,39 @@
+"""The one type that every wrapper's module produces: a global tensor and the part of it that lies on this rank."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from async_ckpt.core.region import Region
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Shard(ABC):
+    """Guarantee: `local()` never communicates and never allocates device memory.
+
+    `name` is canonical: the parameter's or buffer's path in the unwrapped model. `shape` and `dtype` are the global
+    tensor's. `region` is what this rank holds (`region.numel == 0`: nothing).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    region: Region
+
+    @abstractmethod
+    def local(self) -> torch.Tensor:
+        """The local storage as it is now, detached, of shape `region.sizes`; writes to it reach the model.
+
+        Cheap enough to be called for every tensor at every save: the same object is returned until the storage moves.
+        Valid until the next optimizer step. Raises CheckpointError if the parameter was replaced since attach.
+        """
+
+    @property
+    def is_buffer(self) -> bool:
+        """True for a buffer: it may change in any forward, so it is copied before `save` returns; rank 0 writes it."""
+        return False
