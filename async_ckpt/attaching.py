@@ -1,0 +1,188 @@
+"""attach(): from a model to a running Checkpointer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.protocol import (
+    MAX_SLOTS,
+    PROTOCOL,
+    Granted,
+    Options,
+    Refuse,
+    Register,
+    Started,
+)
+from async_ckpt.core.retention_policy import KeepBest, Policy
+
+from .checkpointer import Checkpointer, Settings
+from .client import Client
+from .embedded import EmbeddedSaver
+from .plan import Plan, plan_checkpoint
+from .staging import Slot, Staging
+from .topology import Topology, discover
+
+_SAVER_VARIABLE = "ASYNC_CKPT_SAVER"
+_REFUSE_S = 10.0
+_attempts: Counter[Path] = Counter()  # ranks attach equally often, so this tells their attempts apart
+_attached: set[Path] = set()
+
+
+def attach(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: object | None = None,
+    *,
+    directory: str | os.PathLike[str] = "checkpoints",
+    saver: str | None = None,
+    adapter_name: str = "default",
+    slots: int = 2,
+    when_busy: Literal["wait", "skip"] = "wait",
+    staging: Literal["overlap", "sync"] = "overlap",
+    keep_last: int | None = None,
+    keep_every: int | None = None,
+    keep_best: KeepBest | None = None,
+    timeout_s: float = 600.0,
+) -> Checkpointer:
+    """Prepare checkpoints of the PEFT adapter in `model`; afterwards `save` costs next to nothing.
+
+    Guarantee: no collective, no gather, no GPU memory; every byte of the adapter is owned by exactly one rank, or
+    every rank raises. Call it on all ranks, before or after the first forward, on the model as it is: plain, or
+    wrapped by DDP, FSDP1, FSDP2 or torch.compile.
+
+    `directory`: gets `checkpoint-<step>/` and `latest`. `saver`: the endpoint of a running `async-ckpt-saver`; else
+    the environment's ASYNC_CKPT_SAVER; else one is started on this host, which ends by itself. `slots`: snapshots that
+    may be under way at once, each as large as the adapter, in /dev/shm. `when_busy`: what `save` does when all are.
+    `staging`: "overlap" copies while training goes on, "sync" within `save`. `keep_last`, `keep_every`,
+    `keep_best=("eval_loss", "min", 2)`: which checkpoints stay; by default all. `timeout_s`: how long any call waits
+    for other ranks, for a slot, or for storage.
+
+    `optimizer` and `scheduler` are accepted for their fence; their state is not saved yet.
+
+    Raises CheckpointError, on every rank with the same reason, saying what to change.
+    """
+    path = Path(directory).expanduser().resolve()
+    _check_arguments(slots, when_busy, staging, timeout_s)
+    policy = Policy(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+    if path in _attached:
+        raise CheckpointError(f"{path} is attached already in this process: close() the earlier Checkpointer first")
+    topology = discover()
+    _attempts[path] += 1
+    identity = _Identity(
+        Options(str(path), topology.world, slots, policy, float(timeout_s)),
+        f"{topology.job}:{_attempts[path]}",
+        topology,
+    )
+    plan = _plan(model, adapter_name, topology)
+    endpoint = saver or os.environ.get(_SAVER_VARIABLE)
+    embedded = None if endpoint else EmbeddedSaver(path)
+    client = Client(endpoint or embedded.endpoint, embedded)  # type: ignore[union-attr]
+    try:
+        joined_staging, started = _join(client, identity, plan, overlap=staging == "overlap")
+    except BaseException:
+        client.close()
+        raise
+    assert isinstance(plan, Plan)
+    where = f"the saver's log, {embedded.log_path}" if embedded is not None else f"the log of the saver at {endpoint}"
+    settings = Settings(Path(directory), topology.rank, when_busy, float(timeout_s), where)
+    _attached.add(path)
+    return Checkpointer(
+        model, plan, settings, joined_staging, client, started, on_close=lambda: _attached.discard(path)
+    )
+
+
+@dataclass(frozen=True)
+class _Identity:
+    options: Options
+    job: str
+    topology: Topology
+
+
+def _check_arguments(slots: int, when_busy: str, staging: str, timeout_s: float) -> None:
+    if not isinstance(slots, int) or not 1 <= slots <= MAX_SLOTS:
+        raise CheckpointError(f"slots={slots!r}: give a number from 1 to {MAX_SLOTS}")
+    if when_busy not in ("wait", "skip"):
+        raise CheckpointError(f"when_busy={when_busy!r}: give 'wait' or 'skip'")
+    if staging not in ("overlap", "sync"):
+        raise CheckpointError(f"staging={staging!r}: give 'overlap' or 'sync'")
+    if not timeout_s > 0:
+        raise CheckpointError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
+
+
+def _plan(model: torch.nn.Module, adapter_name: str, topology: Topology) -> Plan | CheckpointError:
+    """What cannot be saved is an error that the other ranks have to hear of, so it is not raised yet."""
+    try:
+        return plan_checkpoint(model, adapter_name, rank=topology.rank)
+    except CheckpointError as error:
+        if topology.world == 1:
+            raise
+        return error
+
+
+def _join(
+    client: Client, identity: _Identity, plan: Plan | CheckpointError, *, overlap: bool
+) -> tuple[Staging, Started]:
+    topology, timeout_s = identity.topology, identity.options.timeout_s
+
+    def refuse(reason: str) -> None:
+        message = Refuse(
+            options=identity.options, job=identity.job, rank=topology.rank, process=topology.process, reason=reason
+        )
+        client.refuse(message, _REFUSE_S)
+
+    if isinstance(plan, CheckpointError):
+        refuse(str(plan))
+        raise plan
+    granted = client.register(_registration(identity, plan), plan.layout, timeout_s)
+    try:
+        staging = _map(granted, plan, topology.rank, overlap=overlap)
+    except Exception as error:
+        refuse(f"cannot map its slots: {error!r}")
+        raise CheckpointError(f"rank {topology.rank} cannot map its slots in {granted.run}: {error}") from error
+    try:
+        return staging, client.ready(timeout_s)
+    except BaseException:
+        staging.close()
+        raise
+
+
+def _registration(identity: _Identity, plan: Plan) -> Register:
+    topology = identity.topology
+    return Register(
+        protocol=PROTOCOL,
+        options=identity.options,
+        job=identity.job,
+        rank=topology.rank,
+        process=topology.process,
+        launcher=topology.launcher,
+        layout_hash=plan.layout_hash,
+        layout=plan.layout if topology.rank == 0 else None,
+        claims=plan.claims,
+        versions=_versions() if topology.rank == 0 else {},
+    )
+
+
+def _map(granted: Granted, plan: Plan, rank: int, *, overlap: bool) -> Staging:
+    parts = [plan.parts[index] for index in granted.owned]
+    slots = [Slot(Path(granted.run), index, parts) for index in range(len(granted.slot_directories))]
+    return Staging(rank, slots, parts, overlap=overlap)
+
+
+def _versions() -> dict[str, str]:
+    names = ("async-ckpt", "torch", "peft", "transformers")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

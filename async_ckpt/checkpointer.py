@@ -1,0 +1,320 @@
+"""The Checkpointer: what a training loop sees after attach()."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.manifest import checkpoint_name, read_manifest
+from async_ckpt.core.protocol import Failed, SaveRecord, Settled, Skipped, Staged, Started
+
+from .client import Client
+from .handle import SaveHandle
+from .plan import Plan, save_record
+from .restore import Restored, read_into
+from .sharding import reshard
+from .staging import Copy, Slot, Staging
+from .stats import Stats
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose, as far as a Checkpointer needs it. `saver` says in an error where to look next."""
+
+    directory: Path
+    rank: int
+    when_busy: Literal["wait", "skip"]
+    timeout_s: float
+    saver: str
+
+
+class Checkpointer:
+    """Made by `async_ckpt.attach`. Every rank calls the same methods with the same steps; none is a collective.
+
+    Training never dies because a checkpoint failed: `save` raises only for what is wrong in the call itself, and a
+    failure afterwards is a logged error and a failed handle.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        plan: Plan,
+        settings: Settings,
+        staging: Staging,
+        client: Client,
+        started: Started,
+        *,
+        on_close: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._plan = plan
+        self._settings = settings
+        self._staging = staging
+        self._client = client
+        self._on_close = on_close
+        self._resume = started.resume
+        self._newest_step = started.newest_step  # no later save may go below
+        self._calls = 0
+        self._open: dict[int, SaveHandle] = {}  # step -> handle, until the saver has settled it
+        self._occupants: dict[int, SaveHandle] = {}  # slot -> the last save that went into it
+        self._last: SaveHandle | None = None
+        self._committed: SaveHandle | None = None
+        self._lost: str | None = None
+        self._closed = False
+        self._stats = Stats()
+        client.listen(on_settled=self._settled, on_lost=self._on_lost)
+        self._hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self.fence())
+        self._pid = os.getpid()
+        atexit.register(self._at_exit)
+
+    # --- what a training loop calls --------------------------------------------------------------------------------
+
+    def save(self, step: int, *, metrics: Mapping[str, Any] | None = None, extra: Any = None) -> SaveHandle:
+        """Snapshot the adapter as it is now and return; the copy and the commit go on behind the training.
+
+        `step` must grow from save to save. `metrics` (numbers, strings) and `extra` (JSON) go into the manifest as
+        rank 0 gives them. With both slots busy it waits for one, or skips this save: attach's `when_busy`.
+        Raises CheckpointError if the checkpointer is closed, for a step that is not newer than what was saved or
+        what the directory holds, and for metrics or extra that JSON cannot hold.
+        """
+        started_s = time.perf_counter()
+        self._check_save(step)
+        record = save_record(step, metrics, extra)
+        slot = self._staging.slots[self._calls % len(self._staging.slots)]
+        self._calls += 1  # also when skipped: all ranks must go through the slots in step
+        self._newest_step = step
+        self._stats.saves += 1
+        handle = SaveHandle(step, self._settings.directory / checkpoint_name(step), self._settings.timeout_s)
+        self._last = handle
+        if self._lost is not None:
+            self._end(handle, "failed", self._lost)
+        elif self._slot_free(slot, handle):
+            self._begin(slot, handle, record)
+        self._stats.add_stall(handle, time.perf_counter() - started_s)
+        return handle
+
+    def fence(self) -> None:
+        """After this no copy reads a parameter any more. Every torch optimizer's `step` calls it by itself; call it
+        before anything else that writes to parameters: merging adapters, EMA swaps, `model.to`."""
+        waited_s = self._staging.fence()
+        if self._last is not None and waited_s > 0:
+            self._stats.add_stall(self._last, waited_s)
+
+    def restore(self, checkpoint: str | int | os.PathLike[str] = "latest") -> Restored | None:
+        """Load a checkpoint into the model, each rank its own part; None if there is none yet.
+
+        "latest": the newest committed one, the same on every rank. Else a step, or the path of a checkpoint. Bytes
+        come from RAM where the saver still holds them, else from disk.
+        Raises CheckpointError listing the differences if it does not fit the model, which is left as it was.
+        """
+        if self._closed:
+            raise CheckpointError("restore() after close(): attach again")
+        found = self._find(checkpoint)
+        if found is None:
+            return None
+        path, image = found
+        description = read_manifest(path)
+        self.fence()
+        reshard(self._model)
+        source: Literal["ram", "disk"] = "disk"
+        if image is not None and image.exists():
+            try:
+                self._read(image)
+                # A slot of this run may have been taken by another rank's next save while we read.
+                source = "ram" if self._own_image(description.step) in (image, None) else "disk"
+            except CheckpointError as error:
+                log.warning("the image in RAM cannot be used (%s); reading %s", error, path)
+        if source == "disk":
+            self._read(path)
+        step = description.step
+        self._newest_step = step if self._newest_step is None else max(step, self._newest_step)
+        return Restored(step, dict(description.metrics), description.extra, source, path)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when every save so far is committed. Raises CheckpointError for the first one that was not."""
+        for handle in list(self._open.values()):
+            handle.wait(timeout_s)
+
+    def close(self) -> None:
+        """Wait until everything staged is committed, then leave. Safe to call twice; never raises: what could not be
+        saved is logged, and its handle says why."""
+        if self._closed:
+            return
+        for handle in list(self._open.values()):
+            try:
+                handle.wait()
+            except CheckpointError as error:
+                log.error("%s", error)
+        self._leave()
+
+    def stats(self) -> dict[str, float]:
+        """Counts and seconds since attach, flat, for a logger of metrics."""
+        return dataclasses.asdict(self._stats)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._leave()  # other ranks may never stage what is open: the saver decides, we do not wait
+
+    # --- one save --------------------------------------------------------------------------------------------------
+
+    def _check_save(self, step: int) -> None:
+        if self._closed:
+            raise CheckpointError(f"save({step}) after close(): attach again to save more")
+        if self._newest_step is None or step > self._newest_step:
+            return
+        if self._last is not None:
+            raise CheckpointError(f"save({step}): step {self._newest_step} was saved already, and steps must grow")
+        raise CheckpointError(
+            f"save({step}): {self._settings.directory} already holds checkpoint-{self._newest_step}. Go on from it: "
+            f"resumed = ckpt.restore(), then start at resumed.step + 1; or choose another directory"
+        )
+
+    def _slot_free(self, slot: Slot, handle: SaveHandle) -> bool:
+        """Wait for the slot as `when_busy` says. If it stays busy, `handle` is ended and the other ranks are told."""
+        occupant = self._occupants.get(slot.index)
+        if occupant is None or occupant.released:
+            return True
+        if self._settings.when_busy == "skip":
+            self._give_up(slot, handle, "skipped", f"slot {slot.index} still holds step {occupant.step}")
+            return False
+        started_s = time.perf_counter()
+        free = occupant.wait_released(self._settings.timeout_s)
+        self._stats.busy_wait_s += time.perf_counter() - started_s
+        if not free:
+            self._give_up(slot, handle, "failed", f"slot {slot.index} still holds step {occupant.step} after "
+                                                  f"{self._settings.timeout_s:g} s: storage does not keep up, see "
+                                                  f"{self._settings.saver}")  # fmt: skip
+        return free
+
+    def _give_up(self, slot: Slot, handle: SaveHandle, outcome: Literal["skipped", "failed"], reason: str) -> None:
+        self._end(handle, outcome, reason)
+        self._client.report(lambda seq: Skipped(seq=seq, slot=slot.index, step=handle.step, reason=reason))
+
+    def _begin(self, slot: Slot, handle: SaveHandle, record: SaveRecord) -> None:
+        self._open[handle.step] = self._occupants[slot.index] = handle
+        self._client.expect(handle.step)
+        try:
+            copy = self._staging.begin(slot, handle.step, record if self._settings.rank == 0 else None, self._copied)
+        except Exception as error:
+            if not isinstance(error, CheckpointError):
+                log.exception("step %d could not be staged", handle.step)
+            self._fail(slot, handle, str(error) or repr(error))
+        else:
+            handle.begin(copy)
+
+    def _fail(self, slot: Slot, handle: SaveHandle, reason: str) -> None:
+        """This rank could not stage: the others must not wait for it. The slot is free when the saver has settled."""
+        self._end(handle, "failed", reason)
+        self._client.report(lambda seq: Failed(seq=seq, slot=slot.index, step=handle.step, reason=reason))
+
+    def _end(self, handle: SaveHandle, outcome: Literal["skipped", "failed"], reason: str) -> None:
+        if handle.end(outcome, reason):
+            self._stats.ended(handle)
+            log.log(logging.ERROR if outcome == "failed" else logging.WARNING,
+                    "step %d was not saved (%s): %s", handle.step, outcome, reason)  # fmt: skip
+
+    # --- called by the staging thread and the client's thread -----------------------------------------------------
+
+    def _copied(self, copy: Copy) -> None:
+        handle = self._open.get(copy.step)
+        if copy.error is not None:
+            log.error("copying step %d failed", copy.step, exc_info=copy.error)
+            if handle is not None:
+                self._fail(copy.slot, handle, f"the copy failed: {copy.error!r}")
+            return
+        if handle is not None:
+            handle.copy_s = copy.copy_s
+        slot, step, copy_s = copy.slot.index, copy.step, copy.copy_s
+        self._client.report(lambda seq: Staged(seq=seq, slot=slot, step=step, copy_s=copy_s))
+
+    def _settled(self, settled: Settled) -> None:
+        self._client.unexpect(settled.step)
+        handle = self._open.pop(settled.step, None)
+        if handle is None:
+            return
+        if settled.outcome == "committed":
+            handle.commit(settled)
+            self._committed = handle
+            self._stats.ended(handle)
+        else:
+            reason = settled.reason
+            if settled.outcome == "failed":
+                reason += f" (see {self._settings.saver})"
+            self._end(handle, settled.outcome, reason)
+        handle.release()
+
+    def _on_lost(self, reason: str) -> None:
+        """The saver has no run of ours any more: say it once, and let training go on without checkpoints."""
+        if self._lost is not None or self._closed:
+            return
+        self._lost = f"{reason} (see {self._settings.saver}); attach again"
+        log.error("no more checkpoints will be saved: %s", self._lost)
+        for handle in list(self._open.values()):
+            self._client.unexpect(handle.step)
+            self._end(handle, "failed", self._lost)
+            handle.release()
+        self._open.clear()
+
+    # --- restore and leave -----------------------------------------------------------------------------------------
+
+    def _find(self, checkpoint: str | int | os.PathLike[str]) -> tuple[Path, Path | None] | None:
+        """The committed directory, and its image in RAM if there is one."""
+        directory = self._settings.directory
+        if isinstance(checkpoint, int):
+            return directory / checkpoint_name(checkpoint), self._own_image(checkpoint)
+        if checkpoint != "latest":
+            return Path(checkpoint), None
+        for handle in list(self._open.values()):
+            handle.wait_released(self._settings.timeout_s)
+        if self._committed is not None:
+            step = self._committed.step
+            return directory / checkpoint_name(step), self._own_image(step)
+        if self._resume is None:
+            return None
+        image = Path(self._resume.image) if self._resume.image is not None else None
+        return directory / checkpoint_name(self._resume.step), image
+
+    def _own_image(self, step: int) -> Path | None:
+        slots = self._staging.slots
+        return next((slot.paths.image for slot in slots if slot.state.complete_step() == step), None)
+
+    def _read(self, checkpoint: Path) -> None:
+        for path, targets in self._plan.targets.items():
+            read_into(checkpoint / path, targets)
+
+    def _leave(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._hook.remove()
+        self._staging.close()
+        self._client.close()
+        atexit.unregister(self._at_exit)
+        self._on_close()
+        for handle in list(self._open.values()):
+            handle.end("failed", "the checkpointer was closed before the outcome was known; the saver goes on")
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._pid:
+            self._leave()

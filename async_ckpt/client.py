@@ -1,0 +1,293 @@
+"""A rank's conversation with its saver: one thread, one socket, every word repeated until it is acknowledged."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+import zmq
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.protocol import (
+    Ack,
+    Bye,
+    Failed,
+    FromRank,
+    FromSaver,
+    Granted,
+    Layout,
+    LayoutSent,
+    LayoutWanted,
+    Ping,
+    Pong,
+    Ready,
+    Refuse,
+    Refused,
+    Register,
+    Settled,
+    Skipped,
+    Staged,
+    Started,
+    decode_from_saver,
+    encode,
+)
+
+from .embedded import EmbeddedSaver
+
+log = logging.getLogger(__name__)
+
+_PING_S = 1.0
+_REPEAT_S = 2.0  # after which an unacknowledged message is sent again
+_SILENCE_S = 3.0  # after which an embedded saver is looked after
+_REACH_S = 30.0  # how long a named saver may take to answer at all: a sidecar may start after the trainer
+_GRACE_S = 10.0  # beyond timeout_s, so that the saver's own words on what is missing arrive first
+_GOODBYE_S = 5.0
+
+Report = Staged | Skipped | Failed | Bye
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class _Request:
+    def __init__(self, message: FromRank, expected: type[msgspec.Struct], layout: Layout | None) -> None:
+        self.message = message
+        self.expected = expected
+        self.layout = layout
+        self.answer: FromSaver | None = None
+        self.answered = threading.Event()
+
+
+class Client:
+    """Thread-safe. Raises CheckpointError if an embedded saver is wanted and does not come up."""
+
+    def __init__(self, endpoint: str, embedded: EmbeddedSaver | None) -> None:
+        self.endpoint = endpoint
+        self._unsettled: set[int] = set()
+        self._embedded = embedded
+        self._on_settled: Callable[[Settled], None] = lambda settled: None
+        self._on_lost: Callable[[str], None] = lambda reason: None
+        self._inbox: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._sequence = 0
+        self._lock = threading.Lock()
+        self._request: _Request | None = None  # asked, not yet sent
+        self._pending: _Request | None = None  # sent, not yet answered
+        self._unacknowledged: OrderedDict[int, tuple[float, bytes]] = OrderedDict()
+        self._all_acknowledged = threading.Event()
+        self._incarnation: str | None = None
+        self._reached = threading.Event()
+        self._started = False
+        self._leaving = False
+        self._stopped = False
+        if embedded is not None:
+            embedded.ensure()
+        self._context = zmq.Context(1)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set(zmq.IDENTITY, secrets.token_bytes(16))
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.LINGER, 500)
+        self._socket.set(zmq.RECONNECT_IVL, 20)
+        self._socket.connect(endpoint)
+        self._thread = threading.Thread(target=self._converse, name="async-ckpt-client", daemon=True)
+        self._thread.start()
+
+    # --- from other threads ----------------------------------------------------------------------------------------
+
+    def listen(self, *, on_settled: Callable[[Settled], None], on_lost: Callable[[str], None]) -> None:
+        """From now on `on_settled` is called, in the client's thread, at least once for each expected step; `on_lost`
+        if the saver says that it no longer knows this run."""
+        self._on_settled, self._on_lost = on_settled, on_lost
+
+    def register(self, message: Register, layout: Layout, timeout_s: float) -> Granted:
+        """Raises CheckpointError with the saver's reason if it refuses, or if it cannot be reached."""
+        return self._ask(message, Granted, timeout_s, layout)
+
+    def ready(self, timeout_s: float) -> Started:
+        """Raises CheckpointError if another rank could not get ready."""
+        started = self._ask(Ready(), Started, timeout_s)
+        self._started = True
+        return started
+
+    def refuse(self, message: Refuse, timeout_s: float) -> None:
+        """Tell the other ranks why this one cannot take part; they raise the same reason."""
+        try:
+            self._ask(message, Started, timeout_s)
+        except CheckpointError as error:
+            log.debug("told the other ranks: %s", error)
+
+    def report(self, make: Callable[[int], Report]) -> None:
+        """Queue `make(sequence number)`; it is sent until the saver has acknowledged it."""
+        with self._lock:
+            self._sequence += 1
+            self._post(make(self._sequence))
+
+    def expect(self, step: int) -> None:
+        """Ask for the outcome of `step` until `unexpect` is called."""
+        with self._lock:
+            self._unsettled.add(step)
+
+    def unexpect(self, step: int) -> None:
+        with self._lock:
+            self._unsettled.discard(step)
+
+    def close(self) -> None:
+        """Say goodbye and stop. Never raises: the saver also notices when the process ends."""
+        self._leaving = True
+        if self._started and self._thread.is_alive():
+            self._all_acknowledged.clear()
+            self.report(lambda seq: Bye(seq=seq))
+            if not self._all_acknowledged.wait(_GOODBYE_S):
+                log.debug("the saver at %s did not acknowledge the goodbye", self.endpoint)
+        self._stopped = True
+        self._wake()
+        self._thread.join()
+        os.close(self._wake_fd)
+
+    def _ask(self, message: FromRank, answer: type[T], timeout_s: float, layout: Layout | None = None) -> T:
+        request = _Request(message, answer, layout)
+        self._request = request
+        self._wake()
+        reach_s = min(timeout_s, _REACH_S)
+        if not self._reached.wait(reach_s):
+            raise CheckpointError(
+                f"no saver answers at {self.endpoint} after {reach_s:g} s: is it running? "
+                f"`async-ckpt-saver run --bind {self.endpoint} --root DIR` starts one, or leave out saver= (and "
+                f"ASYNC_CKPT_SAVER) to have one started here"
+            )
+        if not request.answered.wait(timeout_s + _GRACE_S):
+            raise CheckpointError(f"the saver at {self.endpoint} did not answer within {timeout_s + _GRACE_S:g} s")
+        if isinstance(request.answer, Refused):
+            raise CheckpointError(request.answer.reason)
+        assert isinstance(request.answer, answer)
+        return request.answer
+
+    def _post(self, message: FromRank) -> None:
+        self._inbox.put(message)
+        self._wake()
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
+
+    # --- the client's thread ---------------------------------------------------------------------------------------
+
+    def _converse(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake_fd, zmq.POLLIN)
+        heard_s, pinged_s = time.monotonic(), 0.0
+        try:
+            while not self._stopped:
+                now_s = time.monotonic()
+                if now_s - pinged_s >= (_PING_S if self._reached.is_set() else 0.1):
+                    pinged_s = now_s
+                    self._ping()
+                    self._repeat(now_s)
+                    if now_s - heard_s > _SILENCE_S:
+                        self._look_after_saver()
+                ready = dict(poller.poll(1000 if self._reached.is_set() else 100))
+                if self._wake_fd in ready:
+                    os.eventfd_read(self._wake_fd)
+                self._send_inbox()
+                if self._socket in ready and self._drain_socket():
+                    heard_s = time.monotonic()
+        finally:
+            self._socket.close()
+            self._context.term()
+
+    def _ping(self) -> None:
+        with self._lock:
+            unsettled = sorted(self._unsettled)
+        self._send(Ping(unsettled=unsettled))
+
+    def _send(self, message: FromRank) -> None:
+        self._send_payload(encode(message))
+
+    def _send_payload(self, payload: bytes) -> None:
+        try:
+            self._socket.send(payload, zmq.NOBLOCK)
+        except zmq.Again:
+            log.debug("the saver at %s is not connected", self.endpoint)
+
+    def _send_inbox(self) -> None:
+        request = self._request
+        if request is not None and self._incarnation is not None and not request.answered.is_set():
+            self._request = None
+            self._pending = request
+            self._send(request.message)
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            payload = encode(message)
+            if isinstance(message, Report):
+                self._unacknowledged[message.seq] = (time.monotonic(), payload)
+            self._send_payload(payload)
+
+    def _repeat(self, now_s: float, *, all_of_them: bool = False) -> None:
+        for seq, (sent_s, payload) in list(self._unacknowledged.items()):
+            if all_of_them or now_s - sent_s >= _REPEAT_S:
+                self._unacknowledged[seq] = (now_s, payload)
+                self._send_payload(payload)
+
+    def _look_after_saver(self) -> None:
+        if self._embedded is None or self._embedded.alive():
+            return
+        if self._leaving and not self._unsettled:
+            self._unacknowledged.clear()  # it has ended because everyone has left
+            self._all_acknowledged.set()
+            return
+        log.warning("the embedded saver is gone; starting another (log: %s)", self._embedded.log_path)
+        try:
+            self._embedded.ensure()
+        except CheckpointError as error:
+            log.error("%s", error)
+
+    def _drain_socket(self) -> bool:
+        heard = False
+        while True:
+            try:
+                payload = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return heard
+            heard = True
+            try:
+                self._receive(decode_from_saver(payload))
+            except msgspec.DecodeError as error:
+                log.error("the saver at %s sent a message that cannot be read: %s", self.endpoint, error)
+
+    def _receive(self, message: FromSaver) -> None:
+        if isinstance(message, Pong):
+            self._meet(message)
+        elif isinstance(message, Ack):
+            self._unacknowledged.pop(message.seq, None)
+            if not self._unacknowledged:
+                self._all_acknowledged.set()
+        elif isinstance(message, Settled):
+            self._on_settled(message)
+        elif isinstance(message, LayoutWanted):
+            if self._pending is not None and self._pending.layout is not None:
+                self._send(LayoutSent(layout=self._pending.layout))
+        elif self._pending is not None and isinstance(message, Refused | self._pending.expected):
+            self._pending.answer = message
+            self._pending.answered.set()
+            self._pending = None
+        elif isinstance(message, Refused) and self._started:
+            self._on_lost(message.reason)
+
+    def _meet(self, pong: Pong) -> None:
+        """A new incarnation knows what the journal says; what was on its way to the old one is said again."""
+        if pong.incarnation != self._incarnation:
+            self._incarnation = pong.incarnation
+            if self._pending is not None:
+                self._send(self._pending.message)
+            self._repeat(time.monotonic(), all_of_them=True)
+            self._reached.set()
+            self._send_inbox()
+        elif not pong.known and self._started and not self._leaving:
+            self._on_lost(f"the saver at {self.endpoint} no longer knows this run")

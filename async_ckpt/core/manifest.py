@@ -1,0 +1,186 @@
+"""A checkpoint directory as a reader or writer without torch sees it.
+
+A directory ``checkpoint-<step>`` is a checkpoint if and only if it holds a readable ``async_ckpt.json`` for that very
+step: the manifest is written last and the directory gets its name after that. Nothing here trusts a file it reads:
+sizes are capped, types are checked, and paths cannot lead out of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from .errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_NAME = "async_ckpt.json"
+FORMAT = 1
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_PATH_BYTES = 1024
+# Steps end up in int64 tensors and file names; 18 digits keep both safe.
+MAX_STEP = 10**18 - 1
+
+Metric: TypeAlias = bool | int | float | str | None
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Step = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """Size and content of one file of a checkpoint."""
+
+    bytes: _Count
+    xxh3_128: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``async_ckpt.json`` says. `files` lists every file of the checkpoint but the manifest itself.
+
+    `run` names the run that wrote it: a restarted saver knows its own commit by it.
+    A metric that was NaN or infinite when it was saved is None here: JSON has no such numbers.
+    """
+
+    format: int
+    step: _Step
+    metrics: dict[str, Metric]
+    extra: Any
+    files: Annotated[dict[str, FileEntry], msgspec.Meta(max_length=65536)]
+    world: Annotated[int, msgspec.Meta(ge=1)] = 1
+    versions: dict[str, str] = {}
+    run: str = ""
+    created_unix_s: float = 0.0
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of ``async_ckpt.json``: what this returns, `decode_manifest` reads.
+
+    Raises CheckpointError if `manifest` holds a value that could not be read back (a type JSON lacks, a negative step,
+    a path that leads out, more than 16 MiB in all).
+    """
+    try:
+        data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the manifest of step {manifest.step} cannot be written as JSON: {error}") from error
+    decode_manifest(data)
+    return data
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """The inverse of `encode_manifest`; fields that a later version may add are ignored.
+
+    Raises CheckpointError saying what is wrong.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        # As text: msgspec skips what it does not know, bytes that are no UTF-8 included.
+        manifest = msgspec.json.decode(data.decode(), type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"the manifest is damaged: {error}") from error
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"the manifest has format {manifest.format}, this version of async_ckpt reads {FORMAT}")
+    for path in manifest.files:
+        check_path(path)
+    return manifest
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the checkpoint in `directory` (that is ``.../checkpoint-<step>``), typed and capped.
+
+    Raises CheckpointError with the path and the reason if it is missing, unreadable, or damaged.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    try:
+        with path.open("rb") as file:
+            return decode_manifest(file.read(MAX_MANIFEST_BYTES + 1))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def check_path(path: str) -> str:
+    """`path` itself if it names a file inside a checkpoint directory, other than the manifest.
+
+    Raises CheckpointError for a path that is empty, absolute, too long, not in its shortest form, or has "..".
+    """
+    parts = path.split("/")
+    if not all(parts) or "." in parts or ".." in parts or "\0" in path or path == MANIFEST_NAME:
+        raise CheckpointError(f"{path!r} does not name a file inside a checkpoint; use a plain relative path")
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"the path {path!r} is not valid Unicode") from error
+    if len(encoded) > MAX_PATH_BYTES:
+        raise CheckpointError(f"the path {path[:60]!r}... has {len(encoded)} bytes, at most {MAX_PATH_BYTES}")
+    return path
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the directory of `step`. Raises CheckpointError if no checkpoint can have that step."""
+    if not 0 <= step <= MAX_STEP:
+        raise CheckpointError(f"step {step} cannot name a checkpoint; steps are between 0 and {MAX_STEP}")
+    return f"checkpoint-{step}"
+
+
+def parse_step(name: str) -> int | None:
+    """The step that `name` stands for, None if it is not exactly what `checkpoint_name` gives."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def committed(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """Every committed checkpoint of a run as (step, path), in order of step; empty if `directory` does not exist.
+
+    Only real directories count, no symbolic links. A path is `directory` as given, joined with the name.
+    Raises CheckpointError if `directory` cannot be listed: that is not the same as having no checkpoint.
+    """
+    root = Path(directory)
+    named = ((step, root / checkpoint_name(step)) for step in reversed(_named_steps(root)))
+    return [(step, path) for step, path in named if _is_committed(path, step)]
+
+
+def latest(directory: str | os.PathLike[str]) -> Path | None:
+    """The newest committed checkpoint of a run, None if there is none or `directory` does not exist.
+
+    Right whatever the symbolic link ``latest`` says: the greatest step with a valid manifest wins.
+    Raises CheckpointError if `directory` cannot be listed.
+    """
+    root = Path(directory)
+    for step in _named_steps(root):
+        path = root / checkpoint_name(step)
+        if _is_committed(path, step):
+            return path
+    return None
+
+
+def _named_steps(root: Path) -> list[int]:
+    """Steps of which there is a directory, greatest first."""
+    try:
+        with os.scandir(root) as entries:
+            directories = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        # Answering "none" here would silently start a training run from scratch.
+        raise CheckpointError(f"the checkpoints in {root} cannot be listed: {error.strerror or error}") from error
+    return sorted((step for step in map(parse_step, directories) if step is not None), reverse=True)
+
+
+def _is_committed(path: Path, step: int) -> bool:
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        # Without a manifest it is another program's checkpoint, or retention took it meanwhile: nothing to report.
+        if not isinstance(error.__cause__, FileNotFoundError):
+            logger.warning("%s is not taken for a checkpoint: %s", path, error)
+        return False
+    if manifest.step != step:
+        logger.warning("%s is not taken for a checkpoint: its manifest is of step %d", path, manifest.step)
+    return manifest.step == step

@@ -1,0 +1,17 @@
+"""Names for processes that stay right when pids are reused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .protocol import Process
+
+_START_TIME_FIELD = 19  # of /proc/<pid>/stat after the command's ')': field 22 in proc(5)
+
+
+def process_of(pid: int) -> Process:
+    """Raises OSError if there is no such process, or if it is not ours to look at."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    start_ticks = int(stat[stat.rindex(")") + 2 :].split()[_START_TIME_FIELD])
+    return Process(pid, start_ticks, os.readlink("/proc/self/ns/pid"))

@@ -1,0 +1,242 @@
+"""Slots: checkpoint directories in shared memory, and the journal beside each that tells what is in it.
+
+    /dev/shm/async-ckpt-<uid>/<run>/
+        run.msgpack             RunRecord: all that a restarted saver needs to go on
+        slot-0/                 the image: the files of the checkpoint to come, in their final layout
+        slot-0.state            one cell a rank (`StateFile`)
+        slot-0.record           rank 0's `SaveRecord` of the step that is in the slot
+
+A rank writes only its own cell, and only in the order WRITING -> copy -> STAGED, so a slot whose cells all say STAGED
+with one step holds that step whole, whoever is still alive to say so.
+
+We map plain files instead of `multiprocessing.shared_memory`, whose resource tracker deletes live segments when an
+unrelated process exits.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import mmap
+import os
+import secrets
+import shutil
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from .errors import CheckpointError
+from .protocol import Layout, Options, Process, SaveRecord
+
+SHM = Path("/dev/shm")
+_CELL = struct.Struct("<QqdQ")  # phase, step, copy_s, xxh64 of the three
+_CELL_BYTES = 64  # a cache line a rank: neighbours do not slow each other down
+_HEADER = struct.Struct("<8sQ")
+_MAGIC = b"ackptst1"
+
+
+class Phase(enum.IntEnum):
+    EMPTY = 0
+    WRITING = 1
+    STAGED = 2
+
+
+class Cell(msgspec.Struct, frozen=True):
+    phase: Phase
+    step: int
+    copy_s: float
+
+
+_EMPTY = Cell(Phase.EMPTY, -1, 0.0)
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """One rank of a run as the journal knows it."""
+
+    rank: int
+    identity: bytes
+    process: Process
+
+
+class RunRecord(msgspec.Struct, frozen=True):
+    """The journal of one run: enough for a new saver to commit what is staged and to go on with the living ranks."""
+
+    job: str
+    options: Options
+    files: list[str]
+    peers: list[Peer]
+    launcher: Process | None
+    versions: dict[str, str]
+
+
+def private_directory(path: Path) -> Path:
+    """Make `path` a directory that only this user can enter. Raises CheckpointError if it is someone else's."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = path.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise CheckpointError(
+            f"{path} must be a directory of uid {os.getuid()} with mode 0700, but it has uid {info.st_uid} and mode "
+            f"{stat.filemode(info.st_mode)}; remove it and try again"
+        )
+    return path
+
+
+def shm_root() -> Path:
+    return private_directory(SHM / f"async-ckpt-{os.getuid()}")
+
+
+class StateFile:
+    """The cells of one slot, mapped. Each process writes at most the cell of its own rank."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+        magic, world = _HEADER.unpack_from(self._map)
+        if magic != _MAGIC or len(self._map) != (world + 1) * _CELL_BYTES:
+            raise CheckpointError(f"{path} is no slot state file: begins with {magic!r}, {len(self._map)} bytes")
+        self.world: int = world
+
+    @staticmethod
+    def create(path: Path, world: int) -> None:
+        with path.open("xb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            os.posix_fallocate(file.fileno(), 0, (world + 1) * _CELL_BYTES)
+            file.write(_HEADER.pack(_MAGIC, world))
+
+    def mark(self, rank: int, phase: Phase, step: int, copy_s: float = 0.0) -> None:
+        body = _CELL.pack(phase, step, copy_s, 0)[:-8]
+        check = xxhash.xxh64_intdigest(body)
+        _CELL.pack_into(self._map, (rank + 1) * _CELL_BYTES, phase, step, copy_s, check)
+
+    def cell(self, rank: int) -> Cell:
+        """A cell torn by a kill in the middle of `mark` reads as EMPTY: its checksum fails."""
+        offset = (rank + 1) * _CELL_BYTES
+        phase, step, copy_s, check = _CELL.unpack_from(self._map, offset)
+        if check != xxhash.xxh64_intdigest(self._map[offset : offset + _CELL.size - 8]) or phase > Phase.STAGED:
+            return _EMPTY
+        return Cell(Phase(phase), step, copy_s)
+
+    def complete_step(self) -> int | None:
+        """The step that every rank has staged here, or None."""
+        first = self.cell(0)
+        cells = (self.cell(rank) for rank in range(self.world))
+        whole = all(cell.phase is Phase.STAGED and cell.step == first.step for cell in cells)
+        return first.step if whole else None
+
+    def close(self) -> None:
+        self._map.close()
+
+
+class SlotPaths:
+    """The three names of one slot."""
+
+    def __init__(self, run: Path, index: int) -> None:
+        self.image = run / f"slot-{index}"
+        self.state = run / f"slot-{index}.state"
+        self.record = run / f"slot-{index}.record"
+
+    def write_record(self, record: SaveRecord) -> None:
+        """Replace the record in one step, so that a kill leaves the old one or the new one."""
+        temporary = self.record.with_suffix(".tmp")
+        temporary.write_bytes(msgspec.msgpack.encode(record))
+        temporary.replace(self.record)
+
+    def read_record(self, step: int) -> SaveRecord:
+        """Raises CheckpointError if the record is missing, damaged, or of another step."""
+        try:
+            record = msgspec.msgpack.decode(self.record.read_bytes(), type=SaveRecord)
+        except (OSError, msgspec.DecodeError) as error:
+            raise CheckpointError(f"the record of step {step} at {self.record} cannot be read: {error}") from error
+        if record.step != step:
+            raise CheckpointError(f"{self.record} belongs to step {record.step}, expected {step}")
+        return record
+
+    def remove(self) -> None:
+        shutil.rmtree(self.image, ignore_errors=True)
+        for path in (self.state, self.record, self.record.with_suffix(".tmp")):
+            path.unlink(missing_ok=True)
+
+
+def create_slots(run: Path, record: RunRecord, layout: Layout) -> list[SlotPaths]:
+    """Reserve every byte of every slot now: a full /dev/shm is an error here, never a SIGBUS in a later copy.
+
+    Raises CheckpointError with the bytes needed and available. On any error nothing is left behind.
+    """
+    slots = [SlotPaths(run, index) for index in range(record.options.slots)]
+    _require_space(layout, len(slots))
+    run.mkdir(mode=0o700)
+    try:
+        for slot in slots:
+            _create_image(slot.image, layout)
+            StateFile.create(slot.state, record.options.world)
+        write_journal(run, record)
+    except OSError as error:
+        shutil.rmtree(run, ignore_errors=True)
+        raise CheckpointError(f"cannot prepare the slots in {run}: {error}") from error
+    return slots
+
+
+def image_bytes(layout: Layout) -> int:
+    page = mmap.PAGESIZE
+    sizes = [file.total_bytes for file in layout.files] + [len(content) for content in layout.documents.values()]
+    return sum(-(-size // page) * page for size in sizes)
+
+
+def _require_space(layout: Layout, slots: int) -> None:
+    needed_bytes = slots * image_bytes(layout)
+    info = os.statvfs(SHM)
+    available_bytes = info.f_bavail * info.f_frsize
+    if needed_bytes > available_bytes:
+        raise CheckpointError(
+            f"/dev/shm has {available_bytes} bytes available, but {slots} slots of this model need {needed_bytes}. "
+            f"Raise it: `docker run --shm-size=...`, in Kubernetes an emptyDir with medium: Memory on /dev/shm, "
+            f"elsewhere `mount -o remount,size=... /dev/shm`; or attach with fewer slots"
+        )
+
+
+def _create_image(image: Path, layout: Layout) -> None:
+    image.mkdir(mode=0o700)
+    for file in layout.files:
+        path = image / file.path
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, file.total_bytes)
+            os.pwrite(fd, file.header, 0)
+        finally:
+            os.close(fd)
+    for name, content in layout.documents.items():
+        path = image / name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def write_journal(run: Path, record: RunRecord) -> None:
+    temporary = run / "run.msgpack.tmp"
+    temporary.write_bytes(msgspec.msgpack.encode(record))
+    temporary.replace(run / "run.msgpack")
+
+
+def new_run_path(endpoint: str) -> Path:
+    return shm_root() / f"{_endpoint_key(endpoint)}-{secrets.token_hex(8)}"
+
+
+def read_journals(endpoint: str) -> Iterator[tuple[Path, RunRecord]]:
+    """The runs that a saver of `endpoint` left in shared memory. A run killed before it had a journal is removed."""
+    for run in sorted(shm_root().glob(f"{_endpoint_key(endpoint)}-*")):
+        try:
+            yield run, msgspec.msgpack.decode((run / "run.msgpack").read_bytes(), type=RunRecord)
+        except (OSError, msgspec.DecodeError):
+            remove_run(run)
+
+
+def _endpoint_key(endpoint: str) -> str:
+    return hashlib.sha256(endpoint.encode()).hexdigest()[:12]
+
+
+def remove_run(run: Path) -> None:
+    shutil.rmtree(run, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""The model without its wrappers: canonical names, and the tree as PEFT expects it.
+
+FSDP1, activation checkpointing and `torch.compile` put a module of their own around the wrapped one, so a parameter's
+path depends on how it is trained. A canonical name is the path in the unwrapped model: the same under every wrapper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from async_ckpt.core.errors import CheckpointError
+
+# The only child of each of torch's wrappers: the name under which it registers the module that it wraps.
+_WRAPPED_CHILD = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DDP, FSDP1, activation checkpointing and `torch.compile`, however they are nested."""
+    while (inner := _wrapped(module)) is not None:
+        module = inner
+    return module
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the unwrapped tree with its canonical path, parents first.
+
+    A module that is reachable by two paths comes twice: PEFT files hold a tied tensor once per name.
+    """
+    stack = [("", unwrap(model))]
+    while stack:
+        path, module = stack.pop()
+        yield path, module
+        children = [(join(path, key), unwrap(child)) for key, child in module._modules.items() if child is not None]
+        stack.extend(reversed(children))
+
+
+def join(path: str, attribute: str) -> str:
+    return f"{path}.{attribute}" if path else attribute
+
+
+@contextmanager
+def spliced(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the tree below `model` has no wrappers; the unwrapped root is what is yielded.
+
+    Only `_modules` entries are exchanged, so no hook of a wrapper can run and start a collective. They are put back
+    however the block ends. Raises CheckpointError if the block itself left another tree behind.
+    """
+    root = unwrap(model)
+    modules = list(dict.fromkeys(module for _, module in walk(root)))
+    before = [dict(module._modules) for module in modules]
+    try:
+        for module in modules:
+            for key, child in module._modules.items():
+                if child is not None:
+                    module._modules[key] = unwrap(child)
+        yield root
+    finally:
+        changed = []
+        for module, children in zip(modules, before, strict=True):
+            if list(module._modules) != list(children):
+                changed.append(type(module).__name__)
+            for key, child in children.items():
+                module._modules[key] = child
+        if changed:
+            raise CheckpointError(
+                f"PEFT added or removed children of {', '.join(sorted(set(changed)))} while it listed the adapter's "
+                "tensors; build the model anew before you train on"
+            )
+
+
+def require(owner: object, owner_name: str, attributes: tuple[str, ...]) -> None:
+    """Raise CheckpointError if `owner` lacks one of the private `attributes` that this torch was expected to have."""
+    for attribute in attributes:
+        if not hasattr(owner, attribute):
+            raise CheckpointError(
+                f"torch {torch.__version__} has no `{attribute}` on {owner_name}, which is how async_ckpt finds its "
+                "shards; use a version of torch that async_ckpt was tested with (2.6 to 2.13) or a newer async_ckpt"
+            )
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    children = module._modules
+    if len(children) != 1:
+        return None
+    ((name, child),) = children.items()
+    is_wrapper = name in _WRAPPED_CHILD or (
+        name == "module" and isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    )
+    return child if is_wrapper else None

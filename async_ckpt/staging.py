@@ -1,0 +1,245 @@
+"""Slots as this rank sees them: mapped, pinned, with a view for every part it owns; the copy; the fence.
+
+A byte's way: local shard -> (one `_foreach_copy_`) -> the view at its final place in the image. There is no buffer in
+between and nothing to assemble afterwards.
+
+One snapshot's states on this rank: WRITING (the cell says so before the first byte changes) -> copied -> STAGED.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from async_ckpt.core.layout import Extent
+from async_ckpt.core.protocol import SaveRecord
+from async_ckpt.core.region import Region
+from async_ckpt.core.slots import Phase, SlotPaths, StateFile
+
+from .sharding import Shard
+
+log = logging.getLogger(__name__)
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it before Python 3.14
+
+
+@dataclass(frozen=True)
+class Part:
+    """One owned piece: `shard`'s local tensor goes to `extent` of image file `path`."""
+
+    path: str
+    extent: Extent
+    shard: Shard
+
+
+def image_view(image: torch.Tensor, extent: Extent, dtype: torch.dtype, region: Region) -> torch.Tensor:
+    """The part `region` of a tensor inside a file's bytes `image` (uint8), with shape `region.sizes`. No copy."""
+    whole = image[extent.start : extent.stop].view(dtype)
+    if region.flat:
+        return whole[region.offsets[0] : region.offsets[0] + region.sizes[0]]
+    whole = whole.view(extent.spec.shape)
+    for dim, (offset, size) in enumerate(zip(region.offsets, region.sizes, strict=True)):
+        whole = whole.narrow(dim, offset, size)
+    return whole
+
+
+class Slot:
+    """One slot, mapped into this process. `targets` lie in the order of the parts."""
+
+    def __init__(self, run: Path, index: int, parts: Sequence[Part]) -> None:
+        self.index = index
+        self.paths = SlotPaths(run, index)
+        self.state = StateFile(self.paths.state)
+        self._maps: dict[str, mmap.mmap] = {}
+        self._images: dict[str, torch.Tensor] = {}
+        self._pinned: list[int] = []
+        for path in {part.path for part in parts}:
+            with (self.paths.image / path).open("r+b") as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0)
+            self._images[path] = torch.frombuffer(self._maps[path], dtype=torch.uint8)
+        self.targets = [
+            image_view(self._images[part.path], part.extent, part.shard.dtype, part.shard.region) for part in parts
+        ]
+        self._populate(parts)
+
+    def _populate(self, parts: Sequence[Part]) -> None:
+        """Map our own pages now: the first copy would otherwise take a page fault for each of them."""
+        page = mmap.PAGESIZE
+        for path, mapped in self._maps.items():
+            spans = sorted((part.extent.start, part.extent.stop) for part in parts if part.path == path)
+            start = stop = 0
+            for begin, end in [*spans, (len(mapped) + 2 * page, 0)]:
+                if begin > stop + page:
+                    first = start // page * page
+                    try:
+                        mapped.madvise(_MADV_POPULATE_WRITE, first, stop - first)
+                    except OSError as error:
+                        log.debug("the first copy will be slower, pages cannot be mapped ahead: %s", error)
+                        return
+                    start = begin
+                stop = max(stop, end)
+
+    def pin(self) -> None:
+        """Page-lock the image, so that the GPU copies into it without a bounce buffer and without stopping."""
+        for path, image in self._images.items():
+            result = _cudart().cudaHostRegister(image.data_ptr(), image.numel(), 0)
+            if int(result) != 0:
+                log.warning("cannot pin %s (CUDA error %s): saves will be slower. Raise the memlock limit "
+                            "(ulimit -l unlimited)", path, int(result))  # fmt: skip
+            else:
+                self._pinned.append(image.data_ptr())
+
+    def close(self) -> None:
+        for pointer in self._pinned:
+            _cudart().cudaHostUnregister(pointer)
+        # The views keep the mapping alive until the last of them is gone; the kernel frees it then.
+        self.targets.clear()
+        self._images.clear()
+        self._maps.clear()
+        self.state.close()
+
+
+class Copy:
+    """One snapshot on its way into a slot. `error` and `copy_s` are valid once `done` is set."""
+
+    def __init__(self, slot: Slot, step: int, record: SaveRecord | None, on_done: Callable[[Copy], None]) -> None:
+        self.slot = slot
+        self.on_done = on_done
+        self.step = step
+        self.record = record
+        self.started_s = time.perf_counter()
+        self.copy_s = 0.0
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+        self.device_events: list[Any] = []  # torch.cuda.Event, recorded on the side stream after the copy
+        self.batch: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None  # host copies that a thread does
+
+
+class Staging:
+    """Copies snapshots into slots. Guarantee: between `fence()` and the next `begin()` no copy reads a parameter.
+
+    `overlap` True: on the CPU a worker thread copies, on CUDA a side stream, while forward and backward go on; the
+    fence must then come before anything that writes to a parameter. False: `begin` returns when the copy is done.
+    Buffers may change in any forward, so they are always copied before `begin` returns.
+    """
+
+    def __init__(self, rank: int, slots: Sequence[Slot], parts: Sequence[Part], *, overlap: bool) -> None:
+        self.slots = slots
+        self._rank = rank
+        self._parts = parts
+        self._overlap = overlap
+        self._in_flight: list[Copy] = []
+        self._streams: dict[torch.device, Any] = {}
+        # Made now, since making a stream later may synchronise the device.
+        devices = {part.shard.local().device for part in parts}
+        for device in sorted((device for device in devices if device.type == "cuda"), key=str):
+            self._streams[device] = torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
+        if self._streams:
+            for slot in slots:
+                slot.pin()
+        self._tasks: queue.SimpleQueue[Copy | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="async-ckpt-staging", daemon=True)
+        self._thread.start()
+
+    def begin(self, slot: Slot, step: int, record: SaveRecord | None, on_done: Callable[[Copy], None]) -> Copy:
+        """Start the copy of all parts into `slot`; `on_done` is called in the staging thread when it has ended.
+        Raises CheckpointError if a parameter was replaced since attach."""
+        copy = Copy(slot, step, record, on_done)
+        self._in_flight = [earlier for earlier in self._in_flight if not earlier.done.is_set()]
+        sources = [part.shard.local() for part in self._parts]
+        slot.state.mark(self._rank, Phase.WRITING, step)
+        host: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        now: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for part, target, source in zip(self._parts, slot.targets, sources, strict=True):
+            if source.is_cuda:
+                batch = device.setdefault(source.device, ([], []))
+            else:
+                batch = now if part.shard.is_buffer else host
+            batch[0].append(target)
+            batch[1].append(source)
+        _copy_now(now)
+        for where, batch in device.items():
+            copy.device_events.append(self._copy_on_stream(where, batch))
+        copy.batch = host
+        self._in_flight.append(copy)
+        self._tasks.put(copy)
+        if not self._overlap:
+            copy.done.wait()
+        return copy
+
+    def fence(self) -> float:
+        """Wait until every copy in flight has read what it needs; returns the seconds that the caller waited.
+
+        On CUDA it is the current stream that waits, not the caller.
+        """
+        started_s = time.perf_counter()
+        for copy in self._in_flight:
+            if copy.device_events and not (copy.batch and copy.batch[0]):
+                for event in copy.device_events:
+                    torch.cuda.current_stream(event.device).wait_event(event)
+            else:
+                copy.done.wait()
+        self._in_flight.clear()
+        return time.perf_counter() - started_s
+
+    def close(self) -> None:
+        self._tasks.put(None)
+        self._thread.join()
+        for slot in self.slots:
+            slot.close()
+
+    def _copy_on_stream(self, device: torch.device, batch: tuple[list[torch.Tensor], list[torch.Tensor]]) -> Any:
+        stream = self._streams[device]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.no_grad(), torch.cuda.stream(stream):
+            _foreach_copy(batch, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+        return event
+
+    def _work(self) -> None:
+        while (copy := self._tasks.get()) is not None:
+            try:
+                self._finish(copy)
+            except Exception as error:  # reported through the handle; training goes on
+                copy.error = error
+            copy.copy_s = time.perf_counter() - copy.started_s
+            copy.done.set()
+            copy.on_done(copy)
+
+    def _finish(self, copy: Copy) -> None:
+        assert copy.batch is not None
+        _copy_now(copy.batch)
+        for event in copy.device_events:
+            event.synchronize()
+        copy.copy_s = time.perf_counter() - copy.started_s
+        if copy.record is not None:
+            copy.slot.paths.write_record(copy.record)
+        copy.slot.state.mark(self._rank, Phase.STAGED, copy.step, copy.copy_s)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _copy_now(batch: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
+    with torch.no_grad():
+        _foreach_copy(batch, non_blocking=False)
+
+
+def _foreach_copy(batch: tuple[list[torch.Tensor], list[torch.Tensor]], *, non_blocking: bool) -> None:
+    """One call for all tensors: it releases the GIL throughout, where a loop of `copy_` in a thread would queue for
+    it once a tensor behind a busy training thread."""
+    targets, sources = batch
+    if targets:
+        torch._foreach_copy_(targets, sources, non_blocking=non_blocking)

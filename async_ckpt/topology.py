@@ -1,0 +1,43 @@
+"""Which rank this is, of which job: read once, at attach."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.processes import process_of
+from async_ckpt.core.protocol import Process
+
+_JOB_VARIABLES = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`job` is the same on all ranks of one launch and differs after a restart. `launcher` is the process that would
+    restart the ranks (torchrun's agent), if there is one."""
+
+    rank: int
+    world: int
+    job: str
+    process: Process
+    launcher: Process | None
+
+
+def discover() -> Topology:
+    """Runs no collective. Raises CheckpointError if the job has ranks on several hosts."""
+    environment = os.environ
+    if dist.is_available() and dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    local_world = int(environment.get("LOCAL_WORLD_SIZE", world))
+    if local_world != world:
+        raise CheckpointError(
+            f"this job has {world} ranks, {local_world} of them on this host; async_ckpt saves jobs of one host so far"
+        )
+    launcher = process_of(os.getppid()) if "TORCHELASTIC_RUN_ID" in environment and os.getppid() > 1 else None
+    job = ":".join(environment.get(name, "") for name in _JOB_VARIABLES)
+    return Topology(rank, world, job, process_of(os.getpid()), launcher)

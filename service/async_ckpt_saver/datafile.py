@@ -1,0 +1,176 @@
+"""One file on its way to storage: written past the page cache where possible, hashed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import logging
+import mmap
+import os
+import stat
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+import msgspec
+import xxhash
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.manifest import FileEntry
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 8 << 20
+# O_DIRECT wants offsets, lengths and memory in multiples of the device's block; 4 KiB fits every common one.
+ALIGN_BYTES = 4096
+# Below this the direct path saves nothing.
+DIRECT_MIN_BYTES = 1 << 20
+_NOT_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+
+StepHook = Callable[[str], None]
+
+
+class Written(msgspec.Struct, frozen=True):
+    """`direct` is None for a file too small for O_DIRECT, False if the filesystem refused it."""
+
+    entry: FileEntry
+    direct: bool | None
+
+
+def write_image_file(image: str, path: str, destination: str, hashing: Executor, step_hook: StepHook) -> Written:
+    """Copy the image's file `path` to `destination`, which must not exist yet, and make its content durable.
+
+    The hash is over exactly the bytes handed to the kernel's write. Private memory is bounded whatever the file's
+    size; the image must not be truncated meanwhile (that is SIGBUS). `hashing` runs the hash beside the write.
+    Raises OSError, and CheckpointError if `path` is no regular file or leads through a symbolic link.
+    """
+    source = _open_source(image, path)
+    try:
+        length = os.fstat(source).st_size
+        if length == 0:
+            return write_bytes(b"", path, destination, step_hook)
+        mapping = mmap.mmap(source, length, mmap.MAP_SHARED, mmap.PROT_READ)
+    finally:
+        os.close(source)
+    try:
+        output = _Output(destination, direct=length >= DIRECT_MIN_BYTES)
+        with output, memoryview(mapping) as view:
+            return _stream(view, path, output, hashing, step_hook)
+    finally:
+        # A failed write leaves its traceback holding views of the mapping: it is then unmapped with the exception.
+        with contextlib.suppress(BufferError):
+            mapping.close()
+
+
+def write_bytes(data: bytes, path: str, destination: str, step_hook: StepHook) -> Written:
+    """Write a small file that is in memory, durably; `destination` must not exist yet. Raises OSError."""
+    with _Output(destination, direct=False) as output, memoryview(data) as view:
+        output.write(view, 0)
+        step_hook(f"fsync:{path}")
+        output.sync()
+    return Written(FileEntry(len(data), xxhash.xxh3_128_hexdigest(data)), None)
+
+
+def _stream(view: memoryview, path: str, output: _Output, hashing: Executor, step_hook: StepHook) -> Written:
+    length = len(view)
+    digest = xxhash.xxh3_128()
+    # The last partial block cannot go out by O_DIRECT.
+    aligned = length - length % ALIGN_BYTES
+    edges = sorted({*range(0, aligned, CHUNK_BYTES), aligned, length})
+    for start, stop in itertools.pairwise(edges):
+        step_hook(f"chunk:{path}")
+        with view[start:stop] as chunk:
+            hashed = hashing.submit(digest.update, chunk)
+            try:
+                if start == aligned:
+                    output.buffered()
+                output.write(chunk, start)
+            finally:
+                # The hash runs 5-10 times faster than the disk; waiting for it bounds what is in flight to one chunk.
+                hashed.result()
+    step_hook(f"fsync:{path}")
+    output.sync()
+    return Written(FileEntry(length, digest.hexdigest()), None if length < DIRECT_MIN_BYTES else output.direct)
+
+
+class _Output:
+    """A new file being written, by O_DIRECT as long as the filesystem takes it; `direct` turns False if it refuses."""
+
+    def __init__(self, path: str, *, direct: bool) -> None:
+        self.path = path
+        self.direct = direct
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        if direct:
+            try:
+                self._fd = os.open(path, flags | os.O_DIRECT, 0o666)
+                return
+            except OSError as error:
+                if error.errno not in _NOT_DIRECT:
+                    raise
+                self._refused("open", error)
+            # The kernel may have made the file before it refused the flag.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self._fd = os.open(path, flags, 0o666)
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._fd)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`, however many calls that takes; buffered from where O_DIRECT is refused."""
+        done = 0
+        while done < len(data):
+            if done % ALIGN_BYTES:
+                # A short write ended inside a block: O_DIRECT has no aligned start from there.
+                self.buffered()
+            try:
+                written = os.pwrite(self._fd, data[done:], offset + done)
+            except OSError as error:
+                if error.errno not in _NOT_DIRECT or not self.buffered():
+                    raise
+                self._refused("write", error)
+                continue
+            if written == 0:
+                raise OSError(errno.EIO, "the filesystem accepts no more bytes", self.path)
+            done += written
+
+    def buffered(self) -> bool:
+        """Leave O_DIRECT for the rest of the file; needed for bytes that are no whole block. False if it was left."""
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        if not flags & os.O_DIRECT:
+            return False
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return True
+
+    def sync(self) -> None:
+        """Make the content durable. After an OSError here nothing is known of it: the file must not be used."""
+        os.fdatasync(self._fd)
+
+    def _refused(self, operation: str, error: OSError) -> None:
+        self.direct = False
+        logger.info("%s goes through the page cache: O_DIRECT is refused at %s (%s)", self.path, operation, error)
+
+
+def _open_source(image: str, path: str) -> int:
+    """Open a file of the image; no component below `image` may be a symbolic link, which could lead anywhere."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    *directories, name = path.split("/")
+    parent = os.open(image, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for component in directories:
+            child = os.open(component, flags | os.O_DIRECTORY, dir_fd=parent)
+            os.close(parent)
+            parent = child
+        fd = os.open(name, flags, dir_fd=parent)
+    except OSError as error:
+        raise CheckpointError(f"{path!r} cannot be taken from the image {image}: {error.strerror}") from error
+    finally:
+        os.close(parent)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{path!r} in the image {image} is not a regular file")
+    return fd

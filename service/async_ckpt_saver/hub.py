@@ -1,0 +1,94 @@
+"""All runs of one saver. Knows no sockets: `receive` takes what a rank said, `Services.send` takes the answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+from pathlib import Path
+
+from async_ckpt.core.protocol import Ack, Bye, FromRank, Pong, Refuse, Refused, Register
+
+from .desk import Desk
+from .image import RunImage
+from .services import Services
+from .watch import ProcessWatch
+
+log = logging.getLogger(__name__)
+
+
+class Hub:
+    """Sends each message to the desk of its directory, and each death to the desk that it concerns."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._watch = ProcessWatch(services.loop, self._process_gone, lease_s=services.lease_s)
+        self._desks: dict[str, Desk] = {}
+        self._places: dict[bytes, Desk] = {}
+
+    def adopt(self) -> None:
+        """Go on with what an earlier saver on this endpoint left: commit what is complete, wait for living ranks."""
+        for image in RunImage.left_behind(self._services.endpoint):
+            log.info("found run %s of %s", image.path, image.directory)
+            desk = self._desk(image.directory)
+            for peer in image.record.peers:
+                self._places[peer.identity] = desk
+            desk.adopt(image)
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing registers, lives or is kept, and nothing is being written."""
+        return not self._services.tasks and not self._desks
+
+    async def drain(self) -> None:
+        """Finish the commits under way. Runs stay in shared memory for the next saver on this endpoint."""
+        await self._services.drain()
+        self._watch.close()
+
+    def tick(self) -> None:
+        self._watch.check_leases()
+        for desk in list(self._desks.values()):
+            desk.tick()
+            if desk.empty:
+                del self._desks[desk.directory]
+        self._places = {identity: desk for identity, desk in self._places.items() if desk.knows(identity)}
+
+    def receive(self, identity: bytes, message: FromRank) -> None:
+        if isinstance(message, Register | Refuse):
+            self._admit(identity, message)
+            return
+        self._watch.seen(identity)
+        desk = self._places.get(identity)
+        if desk is not None and desk.knows(identity):
+            desk.receive(identity, message)
+            return
+        if isinstance(message, Bye):  # its run has ended: the goodbye is all that was missing
+            self._services.send(identity, Ack(seq=message.seq))
+        self._services.send(identity, Pong(incarnation=self._services.incarnation, known=False))
+
+    def _admit(self, identity: bytes, message: Register | Refuse) -> None:
+        directory, root = Path(message.options.directory), self._services.root
+        if not directory.is_absolute() or not directory.resolve().is_relative_to(root):
+            reason = (f"{directory} is outside the root {root} of the saver at {self._services.endpoint}: "
+                      f"choose a directory below it, or start the saver with another --root")  # fmt: skip
+            self._services.send(identity, Refused(reason=reason))
+            return
+        desk = self._desk(str(directory))
+        if isinstance(message, Register):
+            self._places[identity] = desk
+            desk.register(identity, message)
+        else:
+            reason = f"rank {message.rank} cannot take part: {message.reason}"
+            desk.withdraw(identity, message.job, message.options.world, reason)
+
+    def _process_gone(self, key: Hashable) -> None:
+        if isinstance(key, tuple):
+            desk = self._desks.get(key[0])
+            if desk is not None:
+                desk.launcher_gone()
+        elif isinstance(key, bytes) and key in self._places:
+            self._places[key].process_gone(key)
+
+    def _desk(self, directory: str) -> Desk:
+        if directory not in self._desks:
+            self._desks[directory] = Desk(directory, self._services, self._watch)
+        return self._desks[directory]

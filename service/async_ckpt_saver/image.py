@@ -1,0 +1,107 @@
+"""A run in shared memory: its slots, and what their journals say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.protocol import Layout
+from async_ckpt.core.slots import (
+    Phase,
+    RunRecord,
+    SlotPaths,
+    StateFile,
+    create_slots,
+    new_run_path,
+    read_journals,
+    remove_run,
+)
+
+from .run import Commit
+from .writer import CommitJob
+
+
+class StagedCell(msgspec.Struct, frozen=True, order=True):
+    """What a rank's cell says: it staged `step` in `slot`."""
+
+    step: int
+    slot: int
+    rank: int
+
+
+class RunImage:
+    """The slots of one run and the journal that tells what is in them."""
+
+    def __init__(self, path: Path, record: RunRecord, slots: list[SlotPaths]) -> None:
+        self.path = path
+        self.record = record
+        self.slots = slots
+        self.states = [StateFile(slot.state) for slot in slots]
+
+    @classmethod
+    def create(cls, endpoint: str, record: RunRecord, layout: Layout) -> RunImage:
+        """Raises CheckpointError if shared memory cannot hold the slots; then nothing is left of them."""
+        path = new_run_path(endpoint)
+        return cls(path, record, create_slots(path, record, layout))
+
+    @classmethod
+    def left_behind(cls, endpoint: str) -> list[RunImage]:
+        """The runs of an earlier saver on this endpoint; one whose slots are damaged is removed."""
+        runs = []
+        for path, record in read_journals(endpoint):
+            try:
+                slots = [SlotPaths(path, index) for index in range(record.options.slots)]
+                runs.append(cls(path, record, [slot for slot in slots if slot.state.exists()]))
+            except (OSError, CheckpointError):
+                remove_run(path)
+        return runs
+
+    @property
+    def directory(self) -> str:
+        return self.record.options.directory
+
+    def staged_cells(self, rank: int | None = None) -> list[StagedCell]:
+        """What the journal says, in the order of steps: the truth where a message may have been lost."""
+        ranks = range(self.record.options.world) if rank is None else (rank,)
+        cells = []
+        for slot, state in enumerate(self.states):
+            for each in ranks:
+                cell = state.cell(each)
+                if cell.phase is Phase.STAGED:
+                    cells.append(StagedCell(cell.step, slot, each))
+        return sorted(cells)
+
+    def commit_job(self, commit: Commit) -> CommitJob:
+        """Raises CheckpointError if rank 0's record of the step cannot be read."""
+        slot = self.slots[commit.slot]
+        record = slot.read_record(commit.step)
+        return CommitJob(
+            directory=self.directory,
+            step=commit.step,
+            image=str(slot.image),
+            files=tuple(self.record.files),
+            documents=record.documents,
+            metrics=record.metrics,
+            extra=record.extra,
+            world=self.record.options.world,
+            run=self.path.name,
+            versions=self.record.versions,
+        )
+
+    def newest_image(self) -> tuple[int, SlotPaths] | None:
+        """The newest step that lies whole in a slot."""
+        complete = [(state.complete_step(), slot) for state, slot in zip(self.states, self.slots, strict=True)]
+        whole = [(step, slot) for step, slot in complete if step is not None]
+        return max(whole, key=lambda image: image[0], default=None)
+
+    def keep_only(self, kept: SlotPaths) -> None:
+        for slot in self.slots:
+            if slot is not kept:
+                slot.remove()
+
+    def remove(self) -> None:
+        for state in self.states:
+            state.close()
+        remove_run(self.path)

@@ -1,0 +1,182 @@
+"""A live run: its ranks' messages go through the state machine, and what that asks for is done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.protocol import (
+    Ack,
+    Bye,
+    Failed,
+    FromRank,
+    FromSaver,
+    Granted,
+    Ping,
+    Pong,
+    Ready,
+    Resume,
+    Settled,
+    Skipped,
+    Staged,
+    Started,
+)
+
+from .image import RunImage
+from .recovery import commit_once
+from .retention import apply_policy
+from .run import Action, Commit, Run
+from .services import Services
+
+log = logging.getLogger(__name__)
+
+
+class LiveRun:
+    """`owned` answers the registrations. `resume` is asked once, when all ranks are ready. `on_commit` and `on_end`
+    tell the desk; `on_end` comes once, when every rank is gone and every complete step is settled."""
+
+    def __init__(
+        self,
+        services: Services,
+        image: RunImage,
+        *,
+        owned: dict[int, list[int]],
+        resume: Callable[[], Resume | None],
+        on_commit: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self.image = image
+        self.ranks = {peer.identity: peer.rank for peer in image.record.peers}
+        self.started = False
+        self.launcher_alive = image.record.launcher is not None
+        self._services = services
+        self._owned = owned
+        self._resume = resume
+        self._on_commit = on_commit
+        self._on_end = on_end
+        self._machine = Run(image.record.options.world)
+        self._start_message = Started(resume=None, newest_step=None)
+        self._ready: set[int] = set()
+        self._closed: set[int] = set()
+        self._ended = False
+
+    @property
+    def clean(self) -> bool:
+        """Every rank said goodbye: nobody will come back for the image."""
+        return len(self._closed) == self._machine.world
+
+    @property
+    def living_pids(self) -> list[int]:
+        return [peer.process.pid for peer in self.image.record.peers if not self._machine.gone(peer.rank)]
+
+    def grant(self, rank: int) -> None:
+        images = [str(slot.image) for slot in self.image.slots]
+        granted = Granted(run=str(self.image.path), slot_directories=images, owned=self._owned.get(rank, []))
+        self._send(rank, granted)
+
+    def recover(self) -> None:
+        """Take up what an earlier saver left: the journal is what the ranks had said."""
+        self.started = True
+        for cell in self.image.staged_cells():
+            self._perform(self._machine.report(cell.rank, cell.slot, cell.step, "staged"))
+
+    def receive(self, rank: int, message: FromRank) -> None:
+        if isinstance(message, Ping):
+            self._answer_ping(rank, message)
+        elif isinstance(message, Ready):
+            self._rank_ready(rank)
+        elif isinstance(message, Staged):
+            self._perform(self._machine.report(rank, message.slot, message.step, "staged"))
+        elif isinstance(message, Skipped):
+            self._perform(self._machine.report(rank, message.slot, message.step, "skipped", message.reason))
+        elif isinstance(message, Failed):
+            self._perform(self._machine.report(rank, message.slot, message.step, "failed", message.reason))
+        elif isinstance(message, Bye):
+            self._closed.add(rank)
+            self._leave(rank, "closed its checkpointer")
+        if isinstance(message, Staged | Skipped | Failed | Bye):
+            self._send(rank, Ack(seq=message.seq))
+
+    def died(self, rank: int) -> None:
+        """The kernel says so. Messages of a dead process may be lost: its cells in the journal are what it said."""
+        log.info("rank %d of %s is gone", rank, self.image.directory)
+        for cell in self.image.staged_cells(rank):
+            self._perform(self._machine.report(rank, cell.slot, cell.step, "staged"))
+        self._leave(rank, "died")
+
+    def tell_all(self, message: FromSaver) -> None:
+        for identity in self.ranks:
+            self._services.send(identity, message)
+
+    def _send(self, rank: int, message: FromSaver) -> None:
+        self._services.send(self.image.record.peers[rank].identity, message)
+
+    def _answer_ping(self, rank: int, message: Ping) -> None:
+        self._send(rank, Pong(incarnation=self._services.incarnation, known=True))
+        for step in message.unsettled:
+            settled = self._machine.settled(step)
+            if settled is not None:
+                self._send(rank, settled)
+
+    def _rank_ready(self, rank: int) -> None:
+        self._ready.add(rank)
+        if len(self._ready) < self._machine.world:
+            return
+        if not self.started:
+            self.started = True
+            resume = self._resume()
+            self._start_message = Started(resume=resume, newest_step=resume.step if resume is not None else None)
+            log.info("run %s of %s started, %d ranks", self.image.path, self.image.directory, self._machine.world)
+        self.tell_all(self._start_message)
+
+    def _leave(self, rank: int, reason: str) -> None:
+        self._perform(self._machine.leave(rank, reason))
+        self._maybe_end()
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Commit):
+                self._services.spawn(self._commit(action))
+            elif action.rank is not None:
+                self._send(action.rank, action.settled)
+            else:
+                settled = action.settled
+                log.info("step %d of %s: %s %s", settled.step, self.image.directory, settled.outcome, settled.reason)
+                self.tell_all(settled)
+
+    async def _commit(self, order: Commit) -> None:
+        try:
+            job = self.image.commit_job(order)
+            result = await self._services.in_thread(lambda: commit_once(job))
+        except Exception as error:  # whatever it is, training and the next save go on
+            if not isinstance(error, CheckpointError):
+                log.exception("commit of step %d failed", order.step)
+            self._perform(self._machine.commit_failed(order.step, str(error) or repr(error)))
+        else:
+            settled = Settled(
+                step=order.step,
+                slot=order.slot,
+                outcome="committed",
+                path=result.path,
+                bytes=result.bytes,
+                write_s=result.write_s,
+                commit_s=result.commit_s,
+            )
+            self._perform(self._machine.commit_done(order.step, settled))
+            self._on_commit()
+            await self._retain()
+        self._maybe_end()
+
+    async def _retain(self) -> None:
+        directory, policy = Path(self.image.directory), self.image.record.options.policy
+        try:
+            await self._services.in_thread(lambda: apply_policy(directory, policy))
+        except (OSError, CheckpointError) as error:
+            log.error("retention in %s failed: %s", directory, error)
+
+    def _maybe_end(self) -> None:
+        if self._machine.finished and not self._ended:
+            self._ended = True
+            self._on_end()

@@ -1,0 +1,98 @@
+"""Which checkpoints may go, and how they go."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.manifest import Metric, checkpoint_name, committed, read_manifest
+from async_ckpt.core.retention_policy import Policy
+
+from .filesystem import fsync_directory, remove_tree, rename_new
+from .temporaries import claim, new_nonce
+
+logger = logging.getLogger(__name__)
+
+
+def expired(checkpoints: Sequence[tuple[int, Mapping[str, Metric]]], policy: Policy) -> list[int]:
+    """The steps that no rule of `policy` keeps, in ascending order; never the newest.
+
+    `checkpoints` are (step, metrics), in any order. A metric that is missing, no number, NaN or infinite never counts
+    as best. Of equal ones the newer is better.
+    """
+    if policy.keeps_all or not checkpoints:
+        return []
+    steps = sorted(step for step, _ in checkpoints)
+    kept = set(steps[-(policy.keep_last or 1) :])
+    if policy.keep_every is not None:
+        kept.update(step for step in steps if step % policy.keep_every == 0)
+    if policy.keep_best is not None:
+        kept.update(_best(checkpoints, *policy.keep_best))
+    return [step for step in steps if step not in kept]
+
+
+def remove(directory: str | os.PathLike[str], step: int) -> None:
+    """Delete the checkpoint of `step`; a reader sees all of it or none, even across a power loss.
+
+    Raises CheckpointError if it is not a directory with our manifest for that step, or cannot be renamed. What cannot
+    be deleted after that stays hidden, is logged, and goes with the next `writer.sweep`.
+    """
+    path = os.path.join(directory, checkpoint_name(step))
+    if os.path.islink(path):
+        raise CheckpointError(f"{path} is a symbolic link, not a checkpoint: it is left alone")
+    found = read_manifest(path).step
+    if found != step:
+        raise CheckpointError(f"{path} holds a checkpoint of step {found}: it is left alone")
+    name = f".{checkpoint_name(step)}.{new_nonce()}.trash"
+    hidden = os.path.join(directory, name)
+    with claim(name):
+        try:
+            rename_new(path, hidden)
+            # Before anything in it goes: else a power loss could bring back the name with half of the files.
+            fsync_directory(directory)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be removed: {error}") from error
+        remove_tree(hidden)
+
+
+def apply_policy(directory: str | os.PathLike[str], policy: Policy) -> list[int]:
+    """Remove every checkpoint of a run that `policy` lets go; returns the steps removed.
+
+    One that cannot be removed is logged and tried again the next time. Raises CheckpointError if `directory` cannot
+    be listed.
+    """
+    if policy.keeps_all:
+        return []
+    checkpoints = []
+    for step, path in committed(directory):
+        try:
+            checkpoints.append((step, read_manifest(path).metrics))
+        except CheckpointError as error:
+            logger.warning("retention leaves %s alone: %s", path, error)
+    removed = []
+    for step in expired(checkpoints, policy):
+        try:
+            remove(directory, step)
+        except CheckpointError as error:
+            logger.error("retention in %s: %s", directory, error)
+        else:
+            removed.append(step)
+    return removed
+
+
+def _best(checkpoints: Sequence[tuple[int, Mapping[str, Metric]]], metric: str, mode: str, count: int) -> list[int]:
+    sign = 1 if mode == "min" else -1
+    ranked = []
+    for step, metrics in checkpoints:
+        value = metrics.get(metric)
+        if isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
+            ranked.append((sign * value, -step))
+    return [-negated for _, negated in sorted(ranked)[:count]]
+
+
+def _is_finite(value: float) -> bool:
+    # An int may be too large for math.isfinite.
+    return isinstance(value, int) or math.isfinite(value)

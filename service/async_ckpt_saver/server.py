@@ -1,0 +1,207 @@
+"""The saver's process: one endpoint, one lock, one loop."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import secrets
+import signal
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.protocol import MAX_MESSAGE_BYTES, FromSaver, decode_from_rank, encode
+from async_ckpt.core.slots import SHM, private_directory
+
+from .hub import Hub
+from .services import Services
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.5
+_LOCK_TRIES = 20  # at 10 ms: a rank that looks whether a saver is there holds the lock for an instant
+_UNUSED_S = 60.0  # an embedded saver that nobody ever registers with
+_QUIET_S = 1.0  # and one that nobody needs any more
+
+
+class EndpointInUse(CheckpointError):
+    """Another saver holds the lock of this endpoint."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """`bind`: "ipc://" and an absolute path. `root`: nothing is written outside it. `embedded`: exit when nobody
+    needs this saver any more. `keep_image_s`: how long the newest image of a dead run is kept in RAM."""
+
+    bind: str
+    root: Path
+    embedded: bool = False
+    keep_image_s: float = 900.0
+    orphan_image_s: float = 20.0
+
+
+class Server:
+    """`await serve()` returns when a signal or, embedded, the end of all runs says so."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._socket_path = socket_path(config.bind)
+        self._root = config.root.resolve()
+        self._stop = asyncio.Event()
+        self._signal: int | None = None
+        self._last_message_s: float | None = None
+        self._rejected = 0
+
+    async def serve(self) -> None:
+        lock = self._lock()
+        try:
+            self._startup()
+            try:
+                await self._main_loop()
+            finally:
+                await self._shutdown()
+        finally:
+            os.close(lock)
+        if self._signal is not None:
+            # The default action, so that whoever waits for us sees the true cause of our end.
+            signal.signal(self._signal, signal.SIG_DFL)
+            signal.raise_signal(self._signal)
+
+    def _lock(self) -> int:
+        """ZeroMQ lets a second process steal an ipc path without a word: the lock is what makes it ours."""
+        parent = self._socket_path.parent
+        if not parent.exists():
+            private_directory(parent)
+        info = parent.stat()
+        if info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX:
+            raise CheckpointError(f"{parent} is writable by other users, who could take over the socket in it: "
+                                  f"bind below a directory of mode 0700")  # fmt: skip
+        path = self._socket_path.with_name(self._socket_path.name + ".lock")
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        for _ in range(_LOCK_TRIES):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.01)
+                continue
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+            return lock
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+        os.close(lock)
+        raise EndpointInUse(f"{self._config.bind} belongs to another saver, pid {holder}: stop it or bind elsewhere")
+
+    def _startup(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        self._context = zmq.Context(1)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.set(zmq.ROUTER_HANDOVER, 1)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.set(zmq.LINGER, 200)
+        services = Services(
+            endpoint=self._config.bind,
+            root=self._root,
+            incarnation=secrets.token_hex(8),
+            send=self._send,
+            loop=self._loop,
+            keep_image_s=self._config.keep_image_s,
+            orphan_image_s=self._config.orphan_image_s,
+        )
+        self._hub = Hub(services)
+        umask = os.umask(0o177)  # the socket for this user alone; before any thread runs, since the umask is shared
+        self._socket.bind(self._config.bind)
+        os.umask(umask)
+        self._hub.adopt()
+        self._fd = int(self._socket.get(zmq.FD))
+        self._loop.add_reader(self._fd, self._drain_socket)
+        self._loop.call_soon(self._drain_socket)
+        self._started_s = self._loop.time()
+        log.info("saver %d serves %s, root %s", os.getpid(), self._config.bind, self._root)
+
+    async def _main_loop(self) -> None:
+        while not self._stop.is_set():
+            self._hub.tick()
+            self._drain_socket()
+            if self._config.embedded and self._unneeded():
+                log.info("nobody needs this saver any more")
+                return
+            try:
+                await asyncio.wait_for(self._stop.wait(), _TICK_S)
+            except asyncio.TimeoutError:
+                continue
+
+    async def _shutdown(self) -> None:
+        await self._hub.drain()
+        self._loop.remove_reader(self._fd)
+        self._socket.close()
+        self._context.term()
+        self._socket_path.unlink(missing_ok=True)
+        try:
+            (SHM / f"async-ckpt-{os.getuid()}").rmdir()
+        except OSError:
+            log.debug("other runs are still in shared memory")
+        log.info("saver %d ends", os.getpid())
+
+    def _unneeded(self) -> bool:
+        now_s = self._loop.time()
+        if self._last_message_s is None and now_s - self._started_s < _UNUSED_S:
+            return False
+        return self._hub.quiet and now_s - (self._last_message_s or self._started_s) > _QUIET_S
+
+    def _on_signal(self, number: int) -> None:
+        if self._signal is not None:  # the second one does not wait for commits
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        log.info("signal %d: finishing the commits under way", number)
+        self._signal = number
+        self._stop.set()
+
+    def _drain_socket(self) -> None:
+        """The descriptor is edge-triggered: read until there is nothing, and look again after sending."""
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._last_message_s = self._loop.time()
+            self._receive(frames)
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            identity, payload = frames
+            message = decode_from_rank(payload)
+        except (ValueError, msgspec.DecodeError) as error:
+            self._rejected += 1
+            if self._rejected < 100:  # a broken client must not fill the log
+                log.warning("rejected a message of %d frames: %s", len(frames), error)
+            return
+        self._hub.receive(identity, message)
+
+    def _send(self, identity: bytes, message: FromSaver) -> None:
+        try:
+            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.debug("cannot reach %r: %s", identity, error)
+        if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._drain_socket)
+
+
+def socket_path(bind: str) -> Path:
+    """Raises CheckpointError unless `bind` is "ipc://" and an absolute path short enough for a Unix socket."""
+    scheme, _, name = bind.partition("://")
+    if scheme != "ipc" or not name.startswith("/"):
+        raise CheckpointError(f"cannot bind {bind!r}: only ipc:// and an absolute path, as in ipc:///run/saver.sock")
+    if len(name.encode()) > 100:
+        raise CheckpointError(f"{name} is too long for a Unix socket ({len(name.encode())} bytes, at most 100)")
+    return Path(name)

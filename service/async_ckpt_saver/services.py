@@ -1,0 +1,54 @@
+"""What the parts of a saver need from the process around them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from async_ckpt.core.protocol import FromSaver
+
+T = TypeVar("T")
+
+
+@dataclass
+class Services:
+    """`send(identity, message)` never blocks. `root` bounds every write to storage. `incarnation` is new with every
+    start of the saver on `endpoint`. Storage is touched in the pool's threads only, so a stuck disk stops no message.
+
+    `lease_s`: after how long a silent rank that cannot be watched counts as dead. `keep_image_s`: how long the newest
+    image of a dead run stays in RAM for its successor; `orphan_image_s` where nobody is left to start one.
+    """
+
+    endpoint: str
+    root: Path
+    incarnation: str
+    send: Callable[[bytes, FromSaver], None]
+    loop: asyncio.AbstractEventLoop
+    lease_s: float = 30.0
+    keep_image_s: float = 900.0
+    orphan_image_s: float = 20.0
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="storage")
+    )
+
+    def now_s(self) -> float:
+        return self.loop.time()
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        return await self.loop.run_in_executor(self._pool, work)
+
+    async def drain(self) -> None:
+        """Wait for everything spawned, and for what that spawns."""
+        while self.tasks:
+            await asyncio.wait(set(self.tasks))
+        self._pool.shutdown()

@@ -1,0 +1,35 @@
+"""The run's directory before the first commit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from async_ckpt.core.errors import CheckpointError
+
+
+def prepare_directory(directory: Path) -> Callable[[], None]:
+    """Make `directory`, prove that files can be made in it, and return what undoes the making.
+
+    Raises CheckpointError with the path and the reason; then nothing that was not there before is left.
+    """
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+
+    def undo() -> None:
+        for path in missing:  # deepest first; one that is not empty stays, and so do its parents
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        fd, probe = tempfile.mkstemp(prefix=".async-ckpt-probe-", dir=directory)
+        os.close(fd)
+        os.unlink(probe)
+    except OSError as error:
+        undo()
+        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}. Make it writable for uid "
+                              f"{os.getuid()}, or choose another directory") from error  # fmt: skip
+    return undo

@@ -1,0 +1,49 @@
+"""Hidden names that a commit or a removal works under, and which of them nobody works under any more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+
+from async_ckpt.core.errors import CheckpointError
+
+_NONCE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_DIRECTORY = re.compile(r"\.checkpoint-[0-9]{1,18}\.[A-Za-z0-9_-]{1,64}\.(tmp|trash)")
+_LINK = re.compile(r"\.latest\.[A-Za-z0-9_-]{1,64}\.tmp")
+# Names that this process is working under. A trainer that starts again makes the saver sweep its directory while the
+# last step of its former life may still be on its way to disk.
+_claimed: set[str] = set()
+
+
+def new_nonce() -> str:
+    return os.urandom(6).hex()
+
+
+def check_nonce(nonce: str) -> None:
+    """Raises CheckpointError if names with `nonce` would not be recognised as ours later."""
+    if not _NONCE.fullmatch(nonce):
+        raise CheckpointError(f"the nonce {nonce!r} is not allowed: give 1-64 letters, digits, '-' or '_'")
+
+
+@contextlib.contextmanager
+def claim(name: str) -> Iterator[None]:
+    """Within the block, `leftovers` does not list `name`."""
+    _claimed.add(name)
+    try:
+        yield
+    finally:
+        _claimed.discard(name)
+
+
+def leftovers(directory: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """Directories and symbolic links in `directory` that bear our names and are not claimed. Raises OSError."""
+    with os.scandir(directory) as entries:
+        return [entry for entry in entries if entry.name not in _claimed and _is_ours(entry)]
+
+
+def _is_ours(entry: os.DirEntry[str]) -> bool:
+    if entry.is_symlink():
+        return _LINK.fullmatch(entry.name) is not None
+    return _DIRECTORY.fullmatch(entry.name) is not None and entry.is_dir(follow_symlinks=False)

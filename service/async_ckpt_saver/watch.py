@@ -1,0 +1,76 @@
+"""Who is still alive: a pidfd for processes that this saver can see, a lease renewed by pings for the others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Hashable
+
+from async_ckpt.core.processes import process_of
+from async_ckpt.core.protocol import Process
+
+
+class ProcessWatch:
+    """Calls `on_exit(key)` once for each added process when it has exited, or has been silent for `lease_s`.
+
+    A process in another pid namespace (a sidecar container) cannot be seen; only those need the lease, so that a rank
+    that is merely stopped or slow is never taken for dead where the kernel can tell.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, on_exit: Callable[[Hashable], None], *, lease_s: float = 30.0
+    ) -> None:
+        self._loop = loop
+        self._on_exit = on_exit
+        self._lease_s = lease_s
+        self._pidfds: dict[Hashable, int] = {}
+        self._last_seen_s: dict[Hashable, float] = {}
+        self._namespace = process_of(os.getpid()).pid_namespace
+
+    def add(self, key: Hashable, process: Process) -> None:
+        self.discard(key)
+        if process.pid_namespace != self._namespace:
+            self._last_seen_s[key] = self._loop.time()
+            return
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            self._loop.call_soon(self._on_exit, key)
+            return
+        if _start_ticks(process.pid) != process.start_ticks:  # the pid was given to someone else
+            os.close(pidfd)
+            self._loop.call_soon(self._on_exit, key)
+            return
+        self._pidfds[key] = pidfd
+        self._loop.add_reader(pidfd, self._exited, key)
+
+    def discard(self, key: Hashable) -> None:
+        self._last_seen_s.pop(key, None)
+        pidfd = self._pidfds.pop(key, None)
+        if pidfd is not None:
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+
+    def seen(self, key: Hashable) -> None:
+        if key in self._last_seen_s:
+            self._last_seen_s[key] = self._loop.time()
+
+    def check_leases(self) -> None:
+        now_s = self._loop.time()
+        for key in [key for key, seen_s in self._last_seen_s.items() if now_s - seen_s > self._lease_s]:
+            self._exited(key)
+
+    def close(self) -> None:
+        for key in [*self._pidfds, *self._last_seen_s]:
+            self.discard(key)
+
+    def _exited(self, key: Hashable) -> None:
+        self.discard(key)
+        self._on_exit(key)
+
+
+def _start_ticks(pid: int) -> int | None:
+    try:
+        return process_of(pid).start_ticks
+    except OSError:
+        return None
