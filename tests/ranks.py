@@ -7,6 +7,7 @@ starting a rank takes seconds and building a tiny model takes none.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -131,10 +132,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> str:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

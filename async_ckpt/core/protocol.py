@@ -203,14 +203,21 @@ def encode(message: FromRank | FromSaver) -> bytes:
 
 def decode_from_rank(payload: bytes | memoryview) -> FromRank:
     """Raises msgspec.DecodeError (or its subclass ValidationError) on anything but a valid message of a rank."""
-    message: FromRank = _from_rank.decode(payload)
+    message: FromRank = _decode(_from_rank, payload)
     return message
 
 
 def decode_from_saver(payload: bytes | memoryview) -> FromSaver:
     """Raises msgspec.DecodeError (or its subclass ValidationError) on anything but a valid message of a saver."""
-    message: FromSaver = _from_saver.decode(payload)
+    message: FromSaver = _decode(_from_saver, payload)
     return message
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], payload: bytes | memoryview) -> Any:
+    try:
+        return decoder.decode(payload)
+    except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through as they are
+        raise msgspec.DecodeError(str(error)) from error
 
 
 class SaveRecord(msgspec.Struct, frozen=True):

@@ -149,7 +149,7 @@ class SlotPaths:
         """Raises CheckpointError if the record is missing, damaged, or of another step."""
         try:
             record = msgspec.msgpack.decode(self.record.read_bytes(), type=SaveRecord)
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"the record of step {step} at {self.record} cannot be read: {error}") from error
         if record.step != step:
             raise CheckpointError(f"{self.record} belongs to step {record.step}, expected {step}")
@@ -230,7 +230,7 @@ def read_journals(endpoint: str) -> Iterator[tuple[Path, RunRecord]]:
     for run in sorted(shm_root().glob(f"{_endpoint_key(endpoint)}-*")):
         try:
             yield run, msgspec.msgpack.decode((run / "run.msgpack").read_bytes(), type=RunRecord)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             remove_run(run)
 
 

@@ -78,7 +78,7 @@ class FlatShard(Shard):
         return self._view
 
     def _check_computing(self, registered: torch.Tensor) -> None:
-        """Raise unless `registered` is what FSDP1 itself puts in the parameter's place to compute with: a plain view."""
+        """Raise unless `registered` is what FSDP1 itself puts in its place to compute with: a plain view."""
         if isinstance(registered, nn.Parameter):
             raise replaced(self.name)
 

@@ -93,7 +93,8 @@ class Run:
         entry = self._open.get(step)
         if entry is None:
             entry = self._open[step] = _Step(step, slot)
-            actions += self._drop_slot_sharers(entry)
+            if report == "staged":  # a rank may well skip a step because its slot still holds an open one
+                actions += self._drop_slot_sharers(entry)
         if report != "staged":
             return actions + self._settle(entry, report, f"rank {rank}: {reason}")
         if entry.slot != slot:

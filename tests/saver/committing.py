@@ -38,6 +38,7 @@ def job_of(directory: Path, step: int, image: Path) -> CommitJob:
         extra={"epoch": 1},
         world=2,
         versions={"async_ckpt": "0"},
+        run="run-1",
     )
 
 

@@ -51,7 +51,7 @@ def test_a_checkpoint_is_the_image_and_its_documents(run: Path, image: Path) -> 
     assert os.readlink(run / "latest") == "checkpoint-4"
     manifest = read_manifest(run / "checkpoint-4")
     assert (manifest.step, manifest.metrics, manifest.extra) == (4, {"loss": 0.25}, {"epoch": 1})
-    assert (manifest.world, manifest.versions) == (2, {"async_ckpt": "0"})
+    assert (manifest.world, manifest.versions, manifest.run) == (2, {"async_ckpt": "0"}, "run-1")
     assert hidden(run) == []
 
 

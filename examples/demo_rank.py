@@ -1,0 +1,111 @@
+"""finetune.py as the demo runs it: the training is the same, and the demo hears what it wants to know.
+
+Lines for the demo are MARK and a JSON object; everything else on stdout is finetune.py's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import finetune
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import async_ckpt
+
+MARK = "@demo "
+REPEATS = 3
+RANK = int(os.environ["RANK"])
+
+
+def tell(event: str, **values: Any) -> None:
+    print(MARK + json.dumps({"event": event, "rank": RANK, **values}), flush=True)
+
+
+class Watched:
+    """A Checkpointer that tells the demo what happens to it."""
+
+    def __init__(self, checkpointer: async_ckpt.Checkpointer, model: torch.nn.Module) -> None:
+        self._checkpointer = checkpointer
+        self._model = model
+        self._handles: list[async_ckpt.SaveHandle] = []
+
+    def restore(self) -> async_ckpt.Restored | None:
+        started_s = time.perf_counter()
+        resumed = self._checkpointer.restore()
+        if resumed is not None:
+            tell("resumed", step=resumed.step, source=resumed.source, seconds=time.perf_counter() - started_s)
+        return resumed
+
+    def save(self, step: int, **values: Any) -> async_ckpt.SaveHandle:
+        handle = self._checkpointer.save(step, **values)
+        tell("saved", step=step, loss=values["metrics"]["loss"])
+        self._handles.append(handle)
+        if RANK == 0:
+            # In a thread: the training has to be on its way when the demo kills it.
+            threading.Thread(target=self._tell_staged, args=(handle,), daemon=True).start()
+        return handle
+
+    def close(self) -> None:
+        self._checkpointer.close()
+        tell("stalls", stalls_s=[handle.stall_s for handle in self._handles])
+        compare(self._model, Path(sys.argv[1]).with_name("gathered"))
+
+    def _tell_staged(self, handle: async_ckpt.SaveHandle) -> None:
+        handle.staged()
+        tell("staged", step=handle.step)
+
+
+def gather(model: torch.nn.Module, *, whole: bool) -> tuple[dict[str, torch.Tensor], int]:
+    """Full tensors by name, and their bytes. A collective for each tensor, on every rank."""
+    tensors = {
+        name: parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        for name, parameter in model.named_parameters()
+        if whole or parameter.requires_grad
+    }
+    return tensors, sum(tensor.nbytes for tensor in tensors.values())
+
+
+def compare(model: Any, directory: Path) -> None:
+    """What saving the same model costs by gathering it first; `seconds` is how long the ranks cannot train."""
+    for way, whole in (("adapter", False), ("model", True)):
+        seconds, gathered_bytes = [], 0
+        for _ in range(REPEATS):
+            dist.barrier()
+            started_s = time.perf_counter()
+            tensors, gathered_bytes = gather(model, whole=whole)
+            if RANK == 0:
+                model.save_pretrained(directory, state_dict=tensors)
+            dist.barrier()
+            seconds.append(time.perf_counter() - started_s)
+        if RANK == 0:
+            file_bytes = (directory / "adapter_model.safetensors").stat().st_size
+            shutil.rmtree(directory)
+            tell("gathered", way=way, p50_s=median(seconds), max_s=max(seconds), bytes=gathered_bytes, file=file_bytes)
+
+
+def main() -> None:
+    tell("started", pid=os.getpid())
+    attach = async_ckpt.attach
+
+    def watched_attach(model: torch.nn.Module, *arguments: Any, **options: Any) -> Watched:
+        started_s = time.perf_counter()
+        checkpointer = attach(model, *arguments, **options)
+        tell("attached", seconds=time.perf_counter() - started_s)
+        return Watched(checkpointer, model)
+
+    async_ckpt.attach = watched_attach
+    finetune.main()
+
+
+if __name__ == "__main__":
+    main()

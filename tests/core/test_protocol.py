@@ -1,0 +1,53 @@
+"""Messages survive the wire; anything else is an error, not a crash."""
+
+from __future__ import annotations
+
+import contextlib
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from async_ckpt.core.protocol import (
+    Ack,
+    Bye,
+    Ping,
+    Pong,
+    Settled,
+    Staged,
+    decode_from_rank,
+    decode_from_saver,
+    encode,
+)
+
+
+def test_messages_survive_the_wire() -> None:
+    for message in (Staged(seq=1, slot=0, step=2, copy_s=0.5), Bye(seq=3), Ping(unsettled=[1, 2])):
+        assert decode_from_rank(encode(message)) == message
+    for answer in (Ack(seq=1), Pong(incarnation="x", known=True), Settled(step=1, slot=0, outcome="failed")):
+        assert decode_from_saver(encode(answer)) == answer
+
+
+def test_a_side_takes_only_what_the_other_says() -> None:
+    with pytest.raises(msgspec.ValidationError):
+        decode_from_rank(encode(Ack(seq=1)))
+    with pytest.raises(msgspec.ValidationError):
+        decode_from_saver(encode(Bye(seq=1)))
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.binary(max_size=200))
+def test_noise_is_a_decode_error(noise: bytes) -> None:
+    for decode in (decode_from_rank, decode_from_saver):
+        with pytest.raises(msgspec.DecodeError):
+            decode(noise)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(0, 60), st.integers(0, 255))
+def test_a_changed_byte_is_another_message_or_an_error(position: int, value: int) -> None:
+    payload = bytearray(encode(Staged(seq=1, slot=0, step=2, copy_s=0.5)))
+    payload[position % len(payload)] = value
+    with contextlib.suppress(msgspec.DecodeError):
+        decode_from_rank(bytes(payload))
