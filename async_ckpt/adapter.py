@@ -137,6 +137,10 @@ def _config_of(peft_model: Any, adapter_name: str) -> Any:
             f"the model has no adapter named {adapter_name!r}; it has {', '.join(map(repr, sorted(configs)))}: pass "
             "one of these as adapter_name"
         )
+    if "/" in adapter_name or "\\" in adapter_name:  # it becomes a folder of the checkpoint, and must stay inside
+        raise CheckpointError(
+            f"adapter name {adapter_name!r} is no plain folder name; add the adapter under another one"
+        )
     return configs[adapter_name]
 
 

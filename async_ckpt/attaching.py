@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,7 @@ from .embedded import EmbeddedSaver
 from .plan import Plan, plan_checkpoint
 from .staging import Slot, Staging
 from .topology import Topology, discover
+from .training_state import Stateful, make_parts
 
 _SAVER_VARIABLE = "ASYNC_CKPT_SAVER"
 _REFUSE_S = 10.0
@@ -39,8 +41,8 @@ _attached: set[Path] = set()
 
 def attach(
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    scheduler: object | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    scheduler: Stateful | None = None,
     *,
     directory: str | os.PathLike[str] = "checkpoints",
     saver: str | None = None,
@@ -52,6 +54,8 @@ def attach(
     keep_every: int | None = None,
     keep_best: KeepBest | None = None,
     timeout_s: float = 600.0,
+    scaler: Stateful | None = None,
+    stateful: Mapping[str, Stateful] | None = None,
 ) -> Checkpointer:
     """Prepare checkpoints of the PEFT adapter in `model`; afterwards `save` costs next to nothing.
 
@@ -66,7 +70,9 @@ def attach(
     `keep_best=("eval_loss", "min", 2)`: which checkpoints stay; by default all. `timeout_s`: how long any call waits
     for other ranks, for a slot, or for storage.
 
-    `optimizer` and `scheduler` are accepted for their fence; their state is not saved yet.
+    `optimizer` (one or several), `scheduler`, `scaler` (a GradScaler) and `stateful` (`{"dataloader": loader}`: any
+    object with a state_dict, one a rank) are saved and restored with the adapter, and random numbers with them: at the
+    same world size training goes on bit by bit as if it had not stopped. Without them only the adapter is saved.
 
     Raises CheckpointError, on every rank with the same reason, saying what to change.
     """
@@ -82,7 +88,16 @@ def attach(
         f"{topology.job}:{_attempts[path]}",
         topology,
     )
-    plan = _plan(model, adapter_name, topology)
+    plan = _plan(
+        lambda: plan_checkpoint(
+            model,
+            adapter_name,
+            make_parts(optimizer, scheduler, scaler, stateful),
+            rank=topology.rank,
+            world=topology.world,
+        ),
+        topology,
+    )
     endpoint = saver or os.environ.get(_SAVER_VARIABLE)
     embedded = None if endpoint else EmbeddedSaver(path)
     client = Client(endpoint or embedded.endpoint, embedded)  # type: ignore[union-attr]
@@ -118,10 +133,10 @@ def _check_arguments(slots: int, when_busy: str, staging: str, timeout_s: float)
         raise CheckpointError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
 
 
-def _plan(model: torch.nn.Module, adapter_name: str, topology: Topology) -> Plan | CheckpointError:
+def _plan(make: Callable[[], Plan], topology: Topology) -> Plan | CheckpointError:
     """What cannot be saved is an error that the other ranks have to hear of, so it is not raised yet."""
     try:
-        return plan_checkpoint(model, adapter_name, rank=topology.rank)
+        return make()
     except CheckpointError as error:
         if topology.world == 1:
             raise

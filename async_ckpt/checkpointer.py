@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import msgspec
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -22,10 +23,11 @@ from async_ckpt.core.protocol import Failed, SaveRecord, Settled, Skipped, Stage
 
 from .client import Client
 from .handle import SaveHandle
+from .opening import OpenCheckpoint
 from .plan import Plan, save_record
-from .restore import Restored, read_into
+from .restore import Restored
 from .sharding import reshard
-from .staging import Copy, Slot, Staging
+from .staging import Copy, MakeRecord, Slot, Staging
 from .stats import Stats
 
 log = logging.getLogger(__name__)
@@ -133,13 +135,13 @@ class Checkpointer:
         source: Literal["ram", "disk"] = "disk"
         if image is not None and image.exists():
             try:
-                self._read(image)
+                OpenCheckpoint(self._plan, path, image).read()
                 # A slot of this run may have been taken by another rank's next save while we read.
                 source = "ram" if self._own_image(description.step) in (image, None) else "disk"
             except CheckpointError as error:
                 log.warning("the image in RAM cannot be used (%s); reading %s", error, path)
         if source == "disk":
-            self._read(path)
+            OpenCheckpoint(self._plan, path, path).read()
         step = description.step
         self._newest_step = step if self._newest_step is None else max(step, self._newest_step)
         return Restored(step, dict(description.metrics), description.extra, source, path)
@@ -215,13 +217,25 @@ class Checkpointer:
         self._open[handle.step] = self._occupants[slot.index] = handle
         self._client.expect(handle.step)
         try:
-            copy = self._staging.begin(slot, handle.step, record if self._settings.rank == 0 else None, self._copied)
+            copy = self._staging.begin(slot, handle.step, self._record_maker(record), self._copied)
         except Exception as error:
             if not isinstance(error, CheckpointError):
                 log.exception("step %d could not be staged", handle.step)
             self._fail(slot, handle, str(error) or repr(error))
         else:
             handle.begin(copy)
+
+    def _record_maker(self, record: SaveRecord) -> MakeRecord:
+        """Documents are taken now and encoded later. Ranks other than 0 write a record only if they have one of their
+        own."""
+        state, rank = self._plan.state, self._settings.rank
+        documents = state.snapshot() if state is not None else dict
+
+        def make() -> SaveRecord | None:
+            found = documents()
+            return msgspec.structs.replace(record, documents=found) if found or rank == 0 else None
+
+        return make
 
     def _fail(self, slot: Slot, handle: SaveHandle, reason: str) -> None:
         """This rank could not stage: the others must not wait for it. The slot is free when the saver has settled."""
@@ -298,10 +312,6 @@ class Checkpointer:
     def _own_image(self, step: int) -> Path | None:
         slots = self._staging.slots
         return next((slot.paths.image for slot in slots if slot.state.complete_step() == step), None)
-
-    def _read(self, checkpoint: Path) -> None:
-        for path, targets in self._plan.targets.items():
-            read_into(checkpoint / path, targets)
 
     def _leave(self) -> None:
         if self._closed:

@@ -12,6 +12,7 @@ import torch
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import FileLayout, TensorSpec, header_bytes, parse_file
+from async_ckpt.core.region import Region
 
 from .sharding import Shard
 from .staging import image_view
@@ -39,30 +40,61 @@ class Target:
     shard: Shard
 
 
-def read_into(path: Path, targets: Sequence[Target]) -> None:
-    """Copy every target's region from the safetensors file at `path` into its shard.
+class OpenFile:
+    """A safetensors file, mapped: only the pages that are read are fetched.
 
-    Guarantee: nothing is written to the model unless names, shapes and dtypes all match and the file is whole.
-    Raises CheckpointError listing what differs, or if the file is missing or damaged.
+    Raises CheckpointError if it is missing or its length is not what its header says.
     """
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    layout = _parse(path, mapped)
-    _check_match(path, layout, targets)
-    image = torch.frombuffer(mapped, dtype=torch.uint8)
-    extents = {extent.spec.name: extent for extent in layout.extents}
-    sources, destinations = [], []
-    for target in targets:
-        shard = target.shard
-        if shard.region.numel:
-            sources.append(image_view(image, extents[target.name], shard.dtype, shard.region))
-            destinations.append(shard.local())
-    if destinations:
-        with torch.no_grad():
-            torch._foreach_copy_(destinations, sources)
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+        self.path = path
+        layout = _parse(path, mapped)
+        self.extents = {extent.spec.name: extent for extent in layout.extents}
+        self._image = torch.frombuffer(mapped, dtype=torch.uint8)
+
+    def differences(self, targets: Sequence[Target], *, ignore: str | None = None) -> list[str]:
+        """How names, shapes and dtypes differ from `targets`; names that begin with `ignore` do not count."""
+        wanted = {target.name: target.spec for target in targets}
+        found = {
+            name: extent.spec for name, extent in self.extents.items() if ignore is None or not name.startswith(ignore)
+        }
+        lines = [f"{name}: not in the file" for name in wanted if name not in found]
+        lines += [f"{name}: in the file, but not in the model" for name in found if name not in wanted]
+        for name, spec in wanted.items():
+            other = found.get(name, spec)
+            if other != spec:
+                lines.append(f"{name}: {other.dtype} {list(other.shape)} in the file, "
+                             f"{spec.dtype} {list(spec.shape)} in the model")  # fmt: skip
+        return lines
+
+    def read_into(self, targets: Sequence[Target]) -> None:
+        """Copy every target's region into its shard: `differences` must have been empty."""
+        sources, destinations = [], []
+        for target in targets:
+            shard = target.shard
+            if shard.region.numel:
+                sources.append(image_view(self._image, self.extents[target.name], shard.dtype, shard.region))
+                destinations.append(shard.local())
+        if destinations:
+            with torch.no_grad():
+                torch._foreach_copy_(destinations, sources)
+
+    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A whole tensor, copied."""
+        extent = self.extents[name]
+        return image_view(self._image, extent, dtype, Region.whole(extent.spec.shape)).clone()
+
+
+def mismatch(path: Path, differences: Sequence[str]) -> CheckpointError:
+    """One error that lists them all, or as many as one can read."""
+    more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    listed = "".join(f"\n  {line}" for line in differences[:_SHOWN])
+    return CheckpointError(f"{path} does not fit what is attached; build it as it was when it was saved:{listed}{more}")
 
 
 def _parse(path: Path, mapped: mmap.mmap) -> FileLayout:
@@ -74,19 +106,3 @@ def _parse(path: Path, mapped: mmap.mmap) -> FileLayout:
     if layout.total_bytes != len(mapped):
         raise CheckpointError(f"{path} has {len(mapped)} bytes, but its header describes {layout.total_bytes}")
     return layout
-
-
-def _check_match(path: Path, layout: FileLayout, targets: Sequence[Target]) -> None:
-    in_file = {extent.spec.name: extent.spec for extent in layout.extents}
-    wanted = {target.name: target.spec for target in targets}
-    differences = [f"{name}: not in the file" for name in wanted if name not in in_file]
-    differences += [f"{name}: in the file, but not in the model" for name in in_file if name not in wanted]
-    for name, spec in wanted.items():
-        found = in_file.get(name, spec)
-        if found != spec:
-            differences.append(f"{name}: {found.dtype} {list(found.shape)} in the file, "
-                               f"{spec.dtype} {list(spec.shape)} in the model")  # fmt: skip
-    if differences:
-        more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-        listed = "".join(f"\n  {line}" for line in differences[:_SHOWN])
-        raise CheckpointError(f"{path} does not fit this model; build it with the same PEFT config:{listed}{more}")

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it before Python 3.14
 
+MakeRecord = Callable[[], SaveRecord | None]  # called in the staging thread: encoding must not stall the training
+
 
 @dataclass(frozen=True)
 class Part:
@@ -111,11 +113,11 @@ class Slot:
 class Copy:
     """One snapshot on its way into a slot. `error` and `copy_s` are valid once `done` is set."""
 
-    def __init__(self, slot: Slot, step: int, record: SaveRecord | None, on_done: Callable[[Copy], None]) -> None:
+    def __init__(self, slot: Slot, step: int, make_record: MakeRecord, on_done: Callable[[Copy], None]) -> None:
         self.slot = slot
         self.on_done = on_done
         self.step = step
-        self.record = record
+        self.make_record = make_record
         self.started_s = time.perf_counter()
         self.copy_s = 0.0
         self.error: BaseException | None = None
@@ -150,10 +152,10 @@ class Staging:
         self._thread = threading.Thread(target=self._work, name="async-ckpt-staging", daemon=True)
         self._thread.start()
 
-    def begin(self, slot: Slot, step: int, record: SaveRecord | None, on_done: Callable[[Copy], None]) -> Copy:
+    def begin(self, slot: Slot, step: int, make_record: MakeRecord, on_done: Callable[[Copy], None]) -> Copy:
         """Start the copy of all parts into `slot`; `on_done` is called in the staging thread when it has ended.
         Raises CheckpointError if a parameter was replaced since attach."""
-        copy = Copy(slot, step, record, on_done)
+        copy = Copy(slot, step, make_record, on_done)
         self._in_flight = [earlier for earlier in self._in_flight if not earlier.done.is_set()]
         sources = [part.shard.local() for part in self._parts]
         slot.state.mark(self._rank, Phase.WRITING, step)
@@ -223,8 +225,9 @@ class Staging:
         for event in copy.device_events:
             event.synchronize()
         copy.copy_s = time.perf_counter() - copy.started_s
-        if copy.record is not None:
-            copy.slot.paths.write_record(copy.record)
+        record = copy.make_record()
+        if record is not None:
+            copy.slot.paths.write_record(self._rank, record)
         copy.slot.state.mark(self._rank, Phase.STAGED, copy.step, copy.copy_s)
 
 

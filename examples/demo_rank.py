@@ -5,10 +5,10 @@ Lines for the demo are MARK and a JSON object; everything else on stdout is fine
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,12 +23,14 @@ from torch.distributed.tensor import DTensor
 import async_ckpt
 
 MARK = "@demo "
+ADAPTER = "adapter_model.safetensors"
 REPEATS = 3
 RANK = int(os.environ["RANK"])
 
 
 def tell(event: str, **values: Any) -> None:
-    print(MARK + json.dumps({"event": event, "rank": RANK, **values}), flush=True)
+    # One write a line: the ranks share the pipe.
+    os.write(1, (MARK + json.dumps({"event": event, "rank": RANK, **values}) + "\n").encode())
 
 
 class Watched:
@@ -58,7 +60,7 @@ class Watched:
     def close(self) -> None:
         self._checkpointer.close()
         tell("stalls", stalls_s=[handle.stall_s for handle in self._handles])
-        compare(self._model, Path(sys.argv[1]).with_name("gathered"))
+        compare(self._model, self._handles[-1].wait())
 
     def _tell_staged(self, handle: async_ckpt.SaveHandle) -> None:
         handle.staged()
@@ -75,8 +77,9 @@ def gather(model: torch.nn.Module, *, whole: bool) -> tuple[dict[str, torch.Tens
     return tensors, sum(tensor.nbytes for tensor in tensors.values())
 
 
-def compare(model: Any, directory: Path) -> None:
-    """What saving the same model costs by gathering it first; `seconds` is how long the ranks cannot train."""
+def compare(model: Any, checkpoint: Path) -> None:
+    """What saving the same model costs when it is gathered first: how long the ranks cannot train."""
+    directory = checkpoint.parent / "gathered"
     for way, whole in (("adapter", False), ("model", True)):
         seconds, gathered_bytes = [], 0
         for _ in range(REPEATS):
@@ -88,9 +91,10 @@ def compare(model: Any, directory: Path) -> None:
             dist.barrier()
             seconds.append(time.perf_counter() - started_s)
         if RANK == 0:
-            file_bytes = (directory / "adapter_model.safetensors").stat().st_size
+            # The last step was saved, and nothing has changed the weights since.
+            same = filecmp.cmp(directory / ADAPTER, checkpoint / ADAPTER, shallow=False)
             shutil.rmtree(directory)
-            tell("gathered", way=way, p50_s=median(seconds), max_s=max(seconds), bytes=gathered_bytes, file=file_bytes)
+            tell("gathered", way=way, p50_s=median(seconds), max_s=max(seconds), bytes=gathered_bytes, same_file=same)
 
 
 def main() -> None:

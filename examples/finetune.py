@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import async_ckpt
 
-STEPS, SAVE_EVERY = 20, 4
+STEPS, SAVE_EVERY = 20, 2
 
 
 def build_model(device: torch.device) -> torch.nn.Module:

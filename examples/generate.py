@@ -1,6 +1,6 @@
 """Continue a prompt without and with a checkpoint's adapter, which is all that PEFT itself wrote would give.
 
-    python examples/generate.py runs/zen/latest ["The beginning of a sentence"]
+python examples/generate.py runs/zen/latest ["The beginning of a sentence"]
 """
 
 from __future__ import annotations

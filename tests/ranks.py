@@ -83,6 +83,7 @@ def run_cases(module: str, names: Sequence[str], world: int, timeout_s: float) -
 
 def several_cases(module: str, report: str, *names: str) -> None:
     """One rank's side of `run_cases`."""
+    import pytest
     import torch.distributed as dist
 
     results: dict[str, str] = {}
@@ -90,7 +91,7 @@ def several_cases(module: str, report: str, *names: str) -> None:
         failure = ""
         try:
             importlib.import_module(module).CASES[name]()
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             failure = f"rank {dist.get_rank()}: {traceback.format_exc()}"
             print(f"{name}: {failure}", flush=True)
         failures: list[str] = [""] * dist.get_world_size()

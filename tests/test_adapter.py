@@ -194,6 +194,10 @@ def test_wrong_models_and_names_are_refused() -> None:
         plan_adapter(base_model(), documents=False)
     with pytest.raises(CheckpointError, match=r"no adapter named 'mine'; it has 'default'"):
         plan_adapter(peft_model(), "mine", documents=False)
+    model = peft_model()
+    model.add_adapter("/tmp/evil", lora())
+    with pytest.raises(CheckpointError, match=r"'/tmp/evil' is no plain folder name"):
+        plan_adapter(model, "/tmp/evil", documents=True)
     with pytest.raises(CheckpointError, match=r"holds 2 PeftModels, at 0, 1"):
         plan_adapter(nn.Sequential(peft_model(), peft_model()), documents=False)
 

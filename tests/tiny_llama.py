@@ -158,12 +158,16 @@ def check_plan(plan: AdapterPlan, expected: Mapping[str, bytes], adapter_name: s
     held = gathered([tensor.shard for tensor in plan.tensors])
     verdict = ""
     if rank() == 0:
-        tensors = [assembled(tensor.shard, pieces) for tensor, pieces in zip(plan.tensors, held, strict=True)]
-        verdict = difference(file_of(plan, tensors), expected[weights])
+        try:
+            tensors = [assembled(tensor.shard, pieces) for tensor, pieces in zip(plan.tensors, held, strict=True)]
+            verdict = difference(file_of(plan, tensors), expected[weights])
+        except AssertionError as error:
+            verdict = str(error)
         documents = {name: content for name, content in expected.items() if name != weights}
         if normal(plan.documents) != normal(documents):
             verdict += f"documents {normal(plan.documents)}, expected {normal(documents)}"
-    assert from_rank_0(verdict) == ""
+    verdict = from_rank_0(verdict)
+    assert verdict == "", verdict
     with no_collectives() as operators:
         views = [tensor.shard.local() for tensor in plan.tensors]
         assert all(tensor.shard.local() is view for tensor, view in zip(plan.tensors, views, strict=True))

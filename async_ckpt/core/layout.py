@@ -99,6 +99,8 @@ def parse_file(path: str, head: bytes) -> FileLayout:
     """
     try:
         length = header_bytes(head)
+        if len(head) < length:
+            raise ValueError(f"{len(head)} bytes of a header of {length}")
         raw = json.loads(head[_LENGTH_BYTES:length])
         layout = _assemble(path, bytes(head[:length]), raw)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

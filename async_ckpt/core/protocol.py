@@ -221,7 +221,8 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], payload: bytes | memoryview) 
 
 
 class SaveRecord(msgspec.Struct, frozen=True):
-    """What rank 0 says of one save besides tensors; it lies beside the slot, so it survives the rank."""
+    """What a rank says of one save besides tensors; it lies beside the slot, so it survives the rank. Metrics and extra
+    count as rank 0 gives them; `documents` are small files of this save, by path."""
 
     step: int
     metrics: dict[str, Any]

@@ -4,7 +4,7 @@
         run.msgpack             RunRecord: all that a restarted saver needs to go on
         slot-0/                 the image: the files of the checkpoint to come, in their final layout
         slot-0.state            one cell a rank (`StateFile`)
-        slot-0.record           rank 0's `SaveRecord` of the step that is in the slot
+        slot-0.record-0         rank 0's `SaveRecord` of the step that is in the slot; other ranks' if they have one
 
 A rank writes only its own cell, and only in the order WRITING -> copy -> STAGED, so a slot whose cells all say STAGED
 with one step holds that step whole, whoever is still alive to say so.
@@ -132,32 +132,46 @@ class StateFile:
 
 
 class SlotPaths:
-    """The three names of one slot."""
+    """The names of one slot."""
 
     def __init__(self, run: Path, index: int) -> None:
-        self.image = run / f"slot-{index}"
-        self.state = run / f"slot-{index}.state"
-        self.record = run / f"slot-{index}.record"
+        self._run = run
+        self._name = f"slot-{index}"
+        self.image = run / self._name
+        self.state = run / f"{self._name}.state"
 
-    def write_record(self, record: SaveRecord) -> None:
-        """Replace the record in one step, so that a kill leaves the old one or the new one."""
-        temporary = self.record.with_suffix(".tmp")
+    def record(self, rank: int) -> Path:
+        return self._run / f"{self._name}.record-{rank}"
+
+    def write_record(self, rank: int, record: SaveRecord) -> None:
+        """Replace the rank's record in one step, so that a kill leaves the old one or the new one."""
+        path = self.record(rank)
+        temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(msgspec.msgpack.encode(record))
-        temporary.replace(self.record)
+        temporary.replace(path)
 
-    def read_record(self, step: int) -> SaveRecord:
-        """Raises CheckpointError if the record is missing, damaged, or of another step."""
+    def read_record(self, rank: int) -> SaveRecord:
+        """Raises CheckpointError if the record is missing or damaged."""
+        path = self.record(rank)
         try:
-            record = msgspec.msgpack.decode(self.record.read_bytes(), type=SaveRecord)
+            return msgspec.msgpack.decode(path.read_bytes(), type=SaveRecord)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"the record of step {step} at {self.record} cannot be read: {error}") from error
-        if record.step != step:
-            raise CheckpointError(f"{self.record} belongs to step {record.step}, expected {step}")
-        return record
+            raise CheckpointError(f"the record {path} cannot be read: {error}") from error
+
+    def records(self, world: int, step: int) -> list[SaveRecord]:
+        """Rank 0's record of `step`, then those of the other ranks that wrote one for it.
+
+        Raises CheckpointError if rank 0's is missing, damaged, or of another step.
+        """
+        first = self.read_record(0)
+        if first.step != step:
+            raise CheckpointError(f"{self.record(0)} belongs to step {first.step}, expected {step}")
+        others = [self.read_record(rank) for rank in range(1, world) if self.record(rank).exists()]
+        return [first, *(record for record in others if record.step == step)]
 
     def remove(self) -> None:
         shutil.rmtree(self.image, ignore_errors=True)
-        for path in (self.state, self.record, self.record.with_suffix(".tmp")):
+        for path in self._run.glob(f"{self._name}.*"):
             path.unlink(missing_ok=True)
 
 

@@ -46,6 +46,14 @@ class DTensorShard(Shard):
         self._view: torch.Tensor | None = None
         self._pointer = 0
 
+    @property
+    def parameter(self) -> torch.Tensor:
+        parameter: torch.Tensor = self._parameter
+        return parameter
+
+    def state_view(self, state: torch.Tensor) -> torch.Tensor:
+        return state._local_tensor.detach() if isinstance(state, DTensor) else state.detach()
+
     def local(self) -> torch.Tensor:
         parameter = self._parameter
         if self._module._parameters.get(self._attribute) is not parameter:

@@ -66,6 +66,17 @@ class FlatShard(Shard):
         """Whether the module still has a Parameter under this name (`use_orig_params=True`)."""
         return bool(self._handle._use_orig_params)
 
+    @property
+    def parameter(self) -> torch.Tensor:
+        parameter: torch.Tensor = self._flat._params[self._index] if self.uses_orig_params else self._flat
+        return parameter
+
+    def state_view(self, state: torch.Tensor) -> torch.Tensor:
+        flat = state.detach().reshape(-1)
+        if not self.uses_orig_params:
+            flat = flat[self._start : self._start + self._numel]
+        return flat.view(self.region.sizes)
+
     def local(self) -> torch.Tensor:
         flat = self._flat
         registered = self._module._parameters.get(self._attribute)

@@ -28,6 +28,10 @@ class ReplicatedShard(Shard):
         self._view: torch.Tensor | None = None
         self._pointer = 0
 
+    @property
+    def parameter(self) -> torch.Tensor:
+        return self._parameter
+
     def local(self) -> torch.Tensor:
         parameter = self._parameter
         if self._module._parameters.get(self._attribute) is not parameter:

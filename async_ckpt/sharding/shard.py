@@ -34,6 +34,15 @@ class Shard(ABC):
         """
 
     @property
+    def parameter(self) -> torch.Tensor | None:
+        """What an optimizer holds for this tensor: the sharded parameter, FSDP1's flat one; None for a buffer."""
+        return None
+
+    def state_view(self, state: torch.Tensor) -> torch.Tensor:
+        """This tensor's part of `state`, an optimizer's tensor shaped like `parameter`: of shape `region.sizes`."""
+        return state.detach()
+
+    @property
     def is_buffer(self) -> bool:
         """True for a buffer: it may change in any forward, so it is copied before `save` returns; rank 0 writes it."""
         return False

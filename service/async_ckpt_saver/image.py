@@ -76,13 +76,16 @@ class RunImage:
     def commit_job(self, commit: Commit) -> CommitJob:
         """Raises CheckpointError if rank 0's record of the step cannot be read."""
         slot = self.slots[commit.slot]
-        record = slot.read_record(commit.step)
+        record, *others = slot.records(self.record.options.world, commit.step)
+        documents = dict(record.documents)
+        for other in others:
+            documents.update(other.documents)
         return CommitJob(
             directory=self.directory,
             step=commit.step,
             image=str(slot.image),
             files=tuple(self.record.files),
-            documents=record.documents,
+            documents=documents,
             metrics=record.metrics,
             extra=record.extra,
             world=self.record.options.world,

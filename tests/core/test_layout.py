@@ -135,10 +135,7 @@ def head(header: object) -> bytes:
         b"\x00" * 8,
         (MAX_HEADER_BYTES + 1).to_bytes(8, "little"),
         b"\xff" * 16,
-        pytest.param(
-            (100).to_bytes(8, "little") + b"{}",
-            marks=pytest.mark.xfail(reason="parse_file accepts fewer bytes than the header's own length"),
-        ),
+        (100).to_bytes(8, "little") + b"{}",
         head([]),
         head("text"),
         head({"a": None}),

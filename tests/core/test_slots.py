@@ -130,15 +130,20 @@ def test_another_file_is_no_state_file(tmp_path: Path) -> None:
 def test_the_record_belongs_to_one_step(tmp_path: Path) -> None:
     paths = SlotPaths(tmp_path, 0)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        paths.read_record(3)
+        paths.records(2, 3)
     saved = SaveRecord(3, {"loss": 1.5}, {"epoch": 1}, {"a.json": b"{}"})
-    paths.write_record(saved)
-    assert paths.read_record(3) == saved
+    paths.write_record(0, saved)
+    assert paths.records(2, 3) == [saved]
     with pytest.raises(CheckpointError, match="belongs to step 3"):
-        paths.read_record(4)
-    paths.record.write_bytes(b"\xc1")
+        paths.records(2, 4)
+    other = SaveRecord(3, {}, None, {"rank-1.json": b"1"})
+    paths.write_record(1, other)
+    assert paths.records(2, 3) == [saved, other]
+    paths.write_record(1, SaveRecord(2, {}, None, {"rank-1.json": b"1"}))
+    assert paths.records(2, 3) == [saved], "an older step's record of another rank does not belong to it"
+    paths.record(0).write_bytes(b"\xc1")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        paths.read_record(3)
+        paths.records(2, 3)
 
 
 def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import xxhash
-from async_ckpt_saver.writer import CommitJob, commit
 
 from async_ckpt.core.manifest import committed, latest, read_manifest
+from async_ckpt_saver.writer import CommitJob, commit
 
 ADAPTER = "adapter_model.safetensors"
 STATE = "training_state/training_state.safetensors"

@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 import msgspec
 import pytest
-from async_ckpt_saver import filesystem, retention
-from async_ckpt_saver.retention import apply_policy, expired, remove
-from async_ckpt_saver.writer import CommitJob, commit, sweep
 from hypothesis import given
 from hypothesis import strategies as st
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import Metric, committed, latest
 from async_ckpt.core.retention_policy import Policy
+from async_ckpt_saver import filesystem, retention
+from async_ckpt_saver.retention import apply_policy, expired, remove
+from async_ckpt_saver.writer import CommitJob, commit, sweep
 
 Checkpoints = list[tuple[int, dict[str, Metric]]]
 counts = st.none() | st.integers(1, 6)

@@ -3,18 +3,18 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import msgspec
 import pytest
-from async_ckpt_saver import filesystem
-from async_ckpt_saver.latest_link import point_latest
-from async_ckpt_saver.writer import AlreadyCommittedError, CommitError, commit, sweep
 from committing import ADAPTER, DOCUMENTS, STATE, assert_consistent, assert_whole, hidden, job_of, make_image
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import latest, read_manifest
+from async_ckpt_saver import filesystem
+from async_ckpt_saver.latest_link import point_latest
+from async_ckpt_saver.writer import AlreadyCommittedError, CommitError, CommitResult, commit, sweep
 
 BEFORE_DURABLE = [
     "mkdir", f"write:{ADAPTER}", f"chunk:{ADAPTER}", f"fsync:{ADAPTER}", f"fsync:{STATE}", "write:README.md",
@@ -244,6 +244,21 @@ def test_commits_of_many_steps_at_once_leave_latest_at_the_newest(run: Path, ima
     assert os.readlink(run / "latest") == "checkpoint-32"
 
 
+def test_a_commit_that_is_overtaken_does_not_move_latest_back(run: Path, image: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        overtaking: list[Future[CommitResult]] = []
+
+        def step_hook(name: str) -> None:
+            if name == "latest":
+                # Step 1 has looked for the newest; step 2 now gets all the time it needs, unless it has to wait.
+                overtaking.append(pool.submit(commit, job_of(run, 2, image)))
+                wait(overtaking, timeout=0.3)
+
+        commit(job_of(run, 1, image), step_hook=step_hook)
+        overtaking[0].result()
+    assert os.readlink(run / "latest") == "checkpoint-2"
+
+
 def test_latest_never_moves_back_from_a_valid_checkpoint(run: Path, image: Path) -> None:
     commit(job_of(run, 9, image))
     commit(job_of(run, 5, image))
@@ -326,7 +341,9 @@ def test_a_run_directory_that_is_a_file_is_an_error(run: Path, image: Path) -> N
     assert run.read_bytes() == b""
 
 
-def test_sweep_removes_what_killed_savers_left_and_nothing_else(run: Path, image: Path, tmp_path: Path) -> None:
+def test_sweep_removes_what_killed_savers_left_and_nothing_else(
+    run: Path, image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     commit(job_of(run, 1, image))
     (tmp_path / "elsewhere").mkdir()
     for name in (".checkpoint-5.abc.tmp", ".checkpoint-7.x-_9.trash"):
@@ -349,6 +366,7 @@ def test_sweep_removes_what_killed_savers_left_and_nothing_else(run: Path, image
     assert (tmp_path / "elsewhere").is_dir()
     assert os.readlink(run / "latest") == "checkpoint-1"
     assert sweep(run) == []
+    assert caplog.records == []
 
 
 def test_sweep_leaves_a_commit_of_this_process_alone(run: Path, image: Path) -> None:

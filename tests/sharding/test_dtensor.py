@@ -204,6 +204,21 @@ def restored_values_are_used() -> None:
     assert torch.equal(evaluate(model), expected)
 
 
+def while_a_unit_is_unsharded() -> None:
+    """In the middle of a forward the module holds the gathered tensor; what is read is the shard all the same."""
+    model = wrap(peft_model())
+    plan = plan_adapter(model, documents=dist.get_rank() == 0)
+    fresh, seen = reference(), []
+
+    def look(module: nn.Module, *_: object) -> None:
+        seen.append(module.lora_A["default"].weight.shape)
+        check_plan(plan, fresh)
+
+    model.base_model.model.model.layers[1].self_attn.v_proj.register_forward_hook(look)
+    forward(model)
+    assert seen == [(1, 24)], "the unit is expected to be unsharded"
+
+
 def reading_in_another_thread() -> None:
     model = wrap(peft_model())
     plan = plan_adapter(model, documents=dist.get_rank() == 0)
@@ -272,6 +287,7 @@ CASES: dict[str, Case] = {
         offloaded_to_cpu,
         meshes,
         restored_values_are_used,
+        while_a_unit_is_unsharded,
         reading_in_another_thread,
         changes_since_attach_are_noticed,
         missing_internals_are_named,

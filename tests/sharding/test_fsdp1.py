@@ -136,8 +136,23 @@ def flat_parameters() -> None:
 
 
 def not_sharded() -> None:
-    through_a_run(wrap(peft_model(), sharding_strategy=ShardingStrategy.NO_SHARD))
-    through_a_run(wrap(peft_model(), original=False, sharding_strategy=ShardingStrategy.NO_SHARD))
+    for original in (True, False):
+        through_a_run(wrap(peft_model(), original=original, sharding_strategy=ShardingStrategy.NO_SHARD))
+
+
+def planned_in_the_middle_of_a_backward() -> None:
+    """Then the modules register no parameters at all, and PEFT would leave modules_to_save out."""
+    config = lora(modules_to_save=["lm_head"])
+    model, fresh, seen = wrap(peft_model(config), layer_policy()), reference(config), []
+
+    def look(_: torch.Tensor) -> None:
+        seen.append([name for name, _ in model.named_parameters() if "modules_to_save" in name])
+        check_saved(model, fresh)
+
+    loss = forward(model)
+    loss.register_hook(look)
+    loss.backward()
+    assert seen == [[]], "the modules are expected to register nothing"
 
 
 def mixed_precision_keeps_the_master() -> None:
@@ -186,6 +201,21 @@ def restored_values_are_used() -> None:
             reshard(model)
         assert torch.equal(evaluate(model), expected), options
         train(model, steps=1)
+
+
+def while_a_unit_is_unsharded() -> None:
+    """In the middle of a forward the module holds the gathered tensor; what is read is the shard all the same."""
+    model = wrap(peft_model(), layer_policy())
+    plan = plan_adapter(model, documents=dist.get_rank() == 0)
+    fresh, seen = reference(), []
+
+    def look(module: nn.Module, *_: object) -> None:
+        seen.append(module.lora_A["default"].weight.shape)
+        check_plan(plan, fresh)
+
+    model.module.base_model.model.model.layers[1].module.self_attn.v_proj.register_forward_hook(look)
+    forward(model)
+    assert seen == [(1, 24)], "the unit is expected to be unsharded"
 
 
 def reading_in_another_thread() -> None:
@@ -250,11 +280,13 @@ CASES: dict[str, Case] = {
         shard_grad_op,
         flat_parameters,
         not_sharded,
+        planned_in_the_middle_of_a_backward,
         mixed_precision_keeps_the_master,
         bfloat16_parameters,
         hybrid,
         compiled,
         restored_values_are_used,
+        while_a_unit_is_unsharded,
         reading_in_another_thread,
         changes_since_attach_are_noticed,
         what_cannot_be_saved_is_refused,

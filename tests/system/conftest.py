@@ -1,0 +1,40 @@
+"""Every test leaves the machine as it found it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.processes import end_leftovers, home, remove_home, runs, savers, until
+
+_GONE_S = 30.0  # what the design promises for an embedded saver after the last close, or the death of its run
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _own_folder() -> Iterator[None]:
+    home()
+    yield
+    remove_home()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """After a test no saver of ours runs and none of its slots is in shared memory."""
+    assert (savers(), runs()) == ([], [])
+    yield
+    try:
+        until(lambda: not savers() and not runs(), "every saver and every slot is gone", _GONE_S)
+    except AssertionError as error:
+        found = f"{error}: savers {savers()}, runs {runs()}"
+        end_leftovers()
+        pytest.fail(found, pytrace=False)
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest) -> Path:
+    """A new folder with a short name: paths of sockets are limited to 100 bytes."""
+    path = home() / f"t{len(list(home().iterdir()))}"
+    path.mkdir()
+    return path
