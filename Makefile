@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -58,7 +58,7 @@ define make_venv
 	if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then "$$python" -m venv .venv; \
 	elif "$$python" -m virtualenv --version >/dev/null 2>&1; then "$$python" -m virtualenv --quiet .venv; \
 	elif command -v virtualenv >/dev/null; then virtualenv --quiet --python "$$python" .venv; \
-	elif "$$python" -m pip --quiet --disable-pip-version-check install --target .build/virtualenv virtualenv 2>/dev/null; \
+	elif "$$python" -m pip -qq --disable-pip-version-check install --target .build/virtualenv virtualenv 2>/dev/null; \
 	then PYTHONPATH=.build/virtualenv "$$python" -m virtualenv --quiet .venv; \
 	else \
 		rm -rf .venv; \

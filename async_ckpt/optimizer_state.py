@@ -24,25 +24,41 @@ from async_ckpt.core.region import Region
 
 from .plain import from_plain, to_plain
 from .sharding import Shard
+from .sharding.dtensor import replicated_zeros
 
 _PROBE_SIZES = (3, 5, 7, 11, 13)  # no two dimensions alike, so that a transposed or factored state is not mistaken
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of an optimizer's state: a tensor like the parameter, or a scalar, kept as a tensor or as a number."""
+    """One key of an optimizer's state.
 
-    kind: Literal["like", "scalar", "number"]
+    "like": a tensor shaped, and sharded, like the parameter. "factored": a whole tensor on every rank, with size 1 in
+    all dimensions but `kept` (Adafactor's rows and columns). "scalar": a tensor of one element. "number": Python's.
+    """
+
+    kind: Literal["like", "factored", "scalar", "number"]
     dtype: torch.dtype
+    kept: tuple[int, ...] = ()
+
+    def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
+        if self.kind == "like":
+            return parameter
+        if self.kind == "factored":
+            return tuple(size if dim in self.kept else 1 for dim, size in enumerate(parameter))
+        return ()
+
+
+class NotByElements(Exception):
+    """The state of an optimizer is not made of tensors that could be cut and joined like its parameters."""
 
 
 class StateShard(Shard):
     """One state tensor of one parameter; zeros while the optimizer has none, which is what it would begin with."""
 
     def __init__(self, parameter: Shard, optimizer: torch.optim.Optimizer, key: str, entry: Entry) -> None:
-        like = entry.kind == "like"
-        shape = parameter.shape if like else ()
-        region = parameter.region if like else Region.whole(())
+        shape = entry.shape(parameter.shape)
+        region = parameter.region if entry.kind == "like" else Region.whole(shape)
         super().__init__(f"state.{parameter.name}.{key}", shape, entry.dtype, region)
         self.source = parameter
         self.optimizer = optimizer
@@ -73,7 +89,9 @@ class StateShard(Shard):
         return self._view
 
     def _make_view(self, value: torch.Tensor) -> torch.Tensor:
-        view = self.source.state_view(value) if self.entry.kind == "like" else value.detach().reshape(())
+        view = self.source.state_view(value)
+        if self.entry.kind == "scalar":
+            view = view.reshape(())
         if view.dtype is not self.dtype or tuple(view.shape) != self.region.sizes:
             raise CheckpointError(
                 f"{self.name!r} is {view.dtype} {list(view.shape)} on this rank, but {self.dtype} "
@@ -83,52 +101,42 @@ class StateShard(Shard):
         return view
 
 
-def state_shards(optimizers: Sequence[torch.optim.Optimizer], shards: Mapping[str, Shard]) -> list[StateShard]:
-    """Every state tensor that the optimizers have or will have, in an order that is the same on every rank.
+def state_shards(optimizer: torch.optim.Optimizer, shards: Mapping[str, Shard]) -> list[StateShard]:
+    """Every state tensor that the optimizer has or will have, in an order that is the same on every rank.
 
-    Runs no step of a real optimizer, no collective, and allocates nothing on a device. Raises CheckpointError naming
-    the parameter or the optimizer if a parameter is not in the model, or if the state cannot be saved by elements.
+    Runs no step of the real optimizer, no collective, and allocates nothing on a device. Raises `NotByElements` if
+    its state cannot be saved by elements, CheckpointError if it holds a parameter that is not in the model.
     """
-    owners = _owners(optimizers)
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    _check_in_model(optimizer, shards)
     probed: dict[object, dict[str, Entry]] = {}
     found: list[StateShard] = []
-    seen: set[int] = set()
     for shard in shards.values():
         parameter = shard.parameter
-        if parameter is None or id(parameter) not in owners:
+        if parameter is None or id(parameter) not in groups or not parameter.requires_grad:
             continue
-        seen.add(id(parameter))
-        optimizer, group = owners[id(parameter)]
-        if not parameter.requires_grad:
-            continue
+        group = groups[id(parameter)]
         kind = (id(group), parameter.dim(), shard.dtype)
         if kind not in probed:
             probed[kind] = _entries(optimizer, group, parameter.dim(), shard.dtype)
-        entries = probed[kind]
-        found += [StateShard(shard, optimizer, key, entry) for key, entry in entries.items()]
-    strangers = [parameter for key, (_, group) in owners.items() if key not in seen for parameter in group["params"]
-                 if id(parameter) == key and parameter.requires_grad]  # fmt: skip
+        found += [StateShard(shard, optimizer, key, entry) for key, entry in probed[kind].items()]
+    return found
+
+
+def _check_in_model(optimizer: torch.optim.Optimizer, shards: Mapping[str, Shard]) -> None:
+    known = {id(shard.parameter) for shard in shards.values() if shard.parameter is not None}
+    strangers = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) not in known and parameter.requires_grad
+    ]
     if strangers:
         shapes = ", ".join(str(list(parameter.shape)) for parameter in strangers[:4])
         raise CheckpointError(
             f"the optimizer holds {len(strangers)} parameters that are not in the model (shapes {shapes}): make the "
             f"optimizer after wrapping the model with FSDP or DDP, from the wrapped model's parameters"
         )
-    return found
-
-
-def _owners(optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]]:
-    owners: dict[int, tuple[torch.optim.Optimizer, dict[str, Any]]] = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in owners:
-                    raise CheckpointError(
-                        f"a parameter of shape {list(parameter.shape)} is in two optimizers or groups: its state could "
-                        f"not be told apart; give each parameter to one"
-                    )
-                owners[id(parameter)] = (optimizer, group)
-    return owners
 
 
 def _entries(
@@ -143,14 +151,17 @@ def _entries(
             entries[key] = Entry("like", value.dtype)
         elif isinstance(value, torch.Tensor) and value.numel() == 1:
             entries[key] = Entry("scalar", value.dtype)
+        elif isinstance(value, torch.Tensor) and _is_factored(value, like):
+            kept = tuple(dim for dim, size in enumerate(value.shape) if size > 1)
+            entries[key] = Entry("factored", value.dtype, kept)
         else:
             kind = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(type(value))
-            raise CheckpointError(
-                f"{type(optimizer).__name__} keeps {key!r} as {kind} for a parameter of shape {list(like.shape)}: it "
-                f"is neither shaped like the parameter nor a scalar, so it cannot be restored on other shards; attach "
-                f"without this optimizer to save the adapter alone"
-            )
+            raise NotByElements(f"it keeps {key!r} as {kind} for a parameter of shape {list(like.shape)}")
     return entries
+
+
+def _is_factored(value: torch.Tensor, like: torch.Tensor) -> bool:
+    return value.dim() == like.dim() and all(a in (1, b) for a, b in zip(value.shape, like.shape, strict=True))
 
 
 def _probe_state(
@@ -172,10 +183,7 @@ def _probe_state(
             # The class's own step: a scheduler replaces the instance's by one that counts.
             _plain_step(type(optimizer))(clone)
     except Exception as error:
-        raise CheckpointError(
-            f"cannot tell what state {type(optimizer).__name__} keeps: a step of a copy on a small parameter failed "
-            f"({error!r}); attach without this optimizer to save the adapter alone"
-        ) from error
+        raise NotByElements(f"a trial step on a small parameter failed: {error!r}") from error
     return {key: (value, like) for key, value in clone.state.get(like, {}).items()}
 
 
@@ -274,6 +282,9 @@ def materialise(shards: Sequence[StateShard]) -> None:
                 state[shard.key] = torch.zeros_like(parameter.detach(), dtype=shard.dtype)
         elif shard.entry.kind == "number":
             state.setdefault(shard.key, 0)
+        elif shard.entry.kind == "factored":
+            if shard.key not in state:
+                state[shard.key] = replicated_zeros(parameter, shard.shape, shard.dtype)
         elif shard.key not in state:
             state[shard.key] = torch.zeros((), dtype=shard.dtype, device=_scalar_device(shard, parameter))
 

@@ -23,7 +23,8 @@ _NUMPY_WORDS = 624
 
 
 class RngShard(Shard):
-    """One generator's state: read anew at each call, copied before `save` returns."""
+    """One generator's state: read anew at each call, copied before `save` returns. It has at least one dimension, so
+    that a region of it can be empty."""
 
     def __init__(self, rank: int, generator: str, read: Callable[[], torch.Tensor], *, mine: bool) -> None:
         sample = read()
@@ -73,7 +74,7 @@ def _python() -> torch.Tensor:
 
 def _python_gauss() -> torch.Tensor:
     value = random.getstate()[2]
-    return torch.tensor(math.nan if value is None else value, dtype=torch.float64)
+    return torch.tensor([math.nan if value is None else value], dtype=torch.float64)
 
 
 def _from_gauss(value: torch.Tensor) -> float | None:
@@ -91,7 +92,7 @@ def _numpy() -> torch.Tensor:
 
 
 def _numpy_gauss() -> torch.Tensor:
-    return torch.tensor(_numpy_state()[4], dtype=torch.float64)
+    return torch.tensor([_numpy_state()[4]], dtype=torch.float64)
 
 
 _READERS: dict[str, Callable[[], torch.Tensor]] = {

@@ -7,8 +7,9 @@ in `training_state.json`, of one rank in `rank-<r>.json`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import msgspec
@@ -18,6 +19,7 @@ from async_ckpt.core.errors import CheckpointError
 
 from .optimizer_state import (
     GroupNames,
+    NotByElements,
     StateShard,
     check_groups,
     describe,
@@ -29,6 +31,8 @@ from .optimizer_state import (
 from .plain import from_plain, to_plain
 from .rng import RngShard, restore_rng, rng_shards
 from .sharding import Shard
+
+log = logging.getLogger(__name__)
 
 FOLDER = "training_state"
 TENSORS_FILE = f"{FOLDER}/training_state.safetensors"
@@ -65,9 +69,17 @@ class TrainingState:
         """Raises CheckpointError for what could not be saved, before anything is."""
         self.rank = rank
         self.world = world
-        self.tensors: list[StateShard] = state_shards(parts.optimizers, shards)
+        self.tensors: list[StateShard] = []
         self.rng: list[RngShard] = rng_shards(rank, world)
-        self._parts = parts
+        saved = []
+        for optimizer in parts.optimizers:
+            try:
+                self.tensors += state_shards(optimizer, shards)
+                saved.append(optimizer)
+            except NotByElements as error:
+                log.warning("the state of %s is not saved, and will begin anew after a restart: %s",
+                            type(optimizer).__name__, error)  # fmt: skip
+        self._parts = replace(parts, optimizers=tuple(saved))
         self._names = GroupNames(shards)
         self.snapshot()()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.region import Region
@@ -116,6 +116,15 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def replicated_zeros(parameter: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that lie whole on every rank; on the parameter's mesh if it is a DTensor. Runs no collective."""
+    if not isinstance(parameter, DTensor):
+        return torch.zeros(shape, dtype=dtype, device=parameter.device)
+    local = torch.zeros(shape, dtype=dtype, device=parameter._local_tensor.device)
+    mesh = parameter.device_mesh
+    return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -91,11 +91,14 @@ def the_saver(within: Path) -> int:
     return until(lambda: (found := savers(within)) and len(found) == 1 and found[0], f"one saver of {within}")
 
 
-def runs() -> list[Path]:
-    """What savers of this session hold in shared memory, found by their endpoints: no journal has to be whole."""
+def runs(within: Path | None = None) -> list[Path]:
+    """What savers of this session hold in shared memory, found by their endpoints: no journal has to be whole.
+
+    `within`: only those of savers that bind below it, as a Daemon does.
+    """
     shared = Path(f"/dev/shm/async-ckpt-{os.getuid()}")
     found: list[Path] = []
-    for lock in home().rglob("*.sock.lock"):
+    for lock in (within or home()).rglob("*.sock.lock"):
         endpoint = f"ipc://{str(lock).removesuffix('.lock')}"
         found += shared.glob(f"{hashlib.sha256(endpoint.encode()).hexdigest()[:12]}-*")
     return found

@@ -41,7 +41,7 @@ def receive(endpoint: str, *, high_water_mark: int, stay: bool) -> tuple[int, in
     socket = context.socket(zmq.ROUTER)
     socket.set(zmq.RCVHWM, high_water_mark)
     socket.bind(endpoint)
-    bound = bytes(socket.LAST_ENDPOINT).rstrip(b"\0").decode()
+    bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     sender = subprocess.Popen(
         [sys.executable, __file__, "--send", bound], stdin=subprocess.PIPE if stay else subprocess.DEVNULL
     )
