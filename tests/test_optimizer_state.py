@@ -192,7 +192,7 @@ def test_groups_are_matched_by_the_names_of_their_parameters() -> None:
         [{"params": parameters[:3], "lr": 0.5}, {"params": parameters[3:], "lr": torch.tensor(0.25)}]
     )
     saved = describe([two], names)
-    other = torch.optim.AdamW([first, {**second, "lr": torch.tensor(1.0)}])
+    other = torch.optim.AdamW([{"params": parameters[:3]}, {"params": parameters[3:], "lr": torch.tensor(1.0)}])
     rate = other.param_groups[1]["lr"]
     assert check_groups([other], names, saved) == []
     load_groups([other], saved)
