@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from async_ckpt.core.region import Region
 
 from .plain import from_plain, to_plain
 from .sharding import Shard
-from .sharding.dtensor import replicated_zeros
+from .sharding.dtensor import replicated_local, replicated_zeros
 
 _PROBE_SIZES = (3, 5, 7, 11, 13)  # no two dimensions alike, so that a transposed or factored state is not mistaken
 
@@ -89,9 +89,11 @@ class StateShard(Shard):
         return self._view
 
     def _make_view(self, value: torch.Tensor) -> torch.Tensor:
-        view = self.source.state_view(value)
-        if self.entry.kind == "scalar":
-            view = view.reshape(())
+        if self.entry.kind == "like":
+            view = self.source.state_view(value)
+        else:
+            view = replicated_local(value).detach()
+            view = view.reshape(()) if self.entry.kind == "scalar" else view
         if view.dtype is not self.dtype or tuple(view.shape) != self.region.sizes:
             raise CheckpointError(
                 f"{self.name!r} is {view.dtype} {list(view.shape)} on this rank, but {self.dtype} "
@@ -111,10 +113,12 @@ def state_shards(optimizer: torch.optim.Optimizer, shards: Mapping[str, Shard]) 
     _check_in_model(optimizer, shards)
     probed: dict[object, dict[str, Entry]] = {}
     found: list[StateShard] = []
+    tied: set[Hashable] = set()
     for shard in shards.values():
         parameter = shard.parameter
-        if parameter is None or id(parameter) not in groups or not parameter.requires_grad:
+        if parameter is None or id(parameter) not in groups or not parameter.requires_grad or shard.identity in tied:
             continue
+        tied.add(shard.identity)  # its state is saved once, under the first of its names
         group = groups[id(parameter)]
         kind = (id(group), parameter.dim(), shard.dtype)
         if kind not in probed:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from async_ckpt.core.layout import Extent
 from async_ckpt.core.protocol import SaveRecord
@@ -121,6 +122,7 @@ class Copy:
         self.started_s = time.perf_counter()
         self.copy_s = 0.0
         self.error: BaseException | None = None
+        self.replica_hashes: list[int] = []
         self.done = threading.Event()
         self.device_events: list[Any] = []  # torch.cuda.Event, recorded on the side stream after the copy
         self.batch: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None  # host copies that a thread does
@@ -131,14 +133,24 @@ class Staging:
 
     `overlap` True: on the CPU a worker thread copies, on CUDA a side stream, while forward and backward go on; the
     fence must then come before anything that writes to a parameter. False: `begin` returns when the copy is done.
-    Buffers may change in any forward, so they are always copied before `begin` returns.
+    Buffers may change in any forward, so they are always copied before `begin` returns. `replicated` are parts that
+    other ranks hold as well: their hashes go with the report, so that the saver can tell if they differ.
     """
 
-    def __init__(self, rank: int, slots: Sequence[Slot], parts: Sequence[Part], *, overlap: bool) -> None:
+    def __init__(
+        self,
+        rank: int,
+        slots: Sequence[Slot],
+        parts: Sequence[Part],
+        *,
+        overlap: bool,
+        replicated: Sequence[Part] = (),
+    ) -> None:
         self.slots = slots
         self._rank = rank
         self._parts = parts
         self._overlap = overlap
+        self._replicated = replicated
         self._in_flight: list[Copy] = []
         self._streams: dict[torch.device, Any] = {}
         # Made now, since making a stream later may synchronise the device.
@@ -186,7 +198,7 @@ class Staging:
         """
         started_s = time.perf_counter()
         for copy in self._in_flight:
-            if copy.device_events and not (copy.batch and copy.batch[0]):
+            if copy.device_events and not (copy.batch and copy.batch[0]) and not self._replicated:
                 for event in copy.device_events:
                     torch.cuda.current_stream(event.device).wait_event(event)
             else:
@@ -225,10 +237,16 @@ class Staging:
         for event in copy.device_events:
             event.synchronize()
         copy.copy_s = time.perf_counter() - copy.started_s
+        copy.replica_hashes = [_hash(part.shard.local()) for part in self._replicated]
         record = copy.make_record()
         if record is not None:
             copy.slot.paths.write_record(self._rank, record)
         copy.slot.state.mark(self._rank, Phase.STAGED, copy.step, copy.copy_s)
+
+
+def _hash(tensor: torch.Tensor) -> int:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return xxhash.xxh3_64_intdigest(data.numpy().data)
 
 
 def _cudart() -> Any:

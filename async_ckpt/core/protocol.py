@@ -64,6 +64,7 @@ class Options(msgspec.Struct, frozen=True):
     slots: int
     policy: Policy
     timeout_s: float
+    verify_replicas: bool = False
 
 
 class Register(_Message, frozen=True):
@@ -104,6 +105,7 @@ class Staged(_Message, frozen=True):
     slot: int
     step: int
     copy_s: float
+    replica_hashes: list[int] = []  # xxh3-64 of each claim in `Granted.replicated`
 
 
 class Skipped(_Message, frozen=True):
@@ -140,11 +142,13 @@ class LayoutWanted(_Message, frozen=True):
 
 
 class Granted(_Message, frozen=True):
-    """All ranks are here and their claims cover every byte. `owned` indexes this rank's claims."""
+    """All ranks are here and their claims cover every byte. `owned` indexes this rank's claims, `replicated` those that
+    other ranks hold as well and whose hashes `Staged` has to give; empty unless replicas are to be verified."""
 
     run: str
     slot_directories: list[str]
     owned: list[int]
+    replicated: list[int]
 
 
 class Resume(msgspec.Struct, frozen=True):

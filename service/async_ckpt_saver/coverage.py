@@ -11,6 +11,8 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+import msgspec
+
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import FileLayout
 from async_ckpt.core.protocol import Claim
@@ -19,8 +21,15 @@ from async_ckpt.core.region import Region
 Holders = dict[Region, list[tuple[int, int]]]  # region -> (rank, index of the claim) of each rank that holds it
 
 
-def assign_owners(files: Sequence[FileLayout], claims: Mapping[int, Sequence[Claim]]) -> dict[int, list[int]]:
-    """For each rank the indices of its claims that it owns.
+class Ownership(msgspec.Struct, frozen=True):
+    """For each rank the indices of its claims that it owns, and of those that other ranks hold as well."""
+
+    owned: dict[int, list[int]]
+    replicated: dict[int, list[int]]
+
+
+def assign_owners(files: Sequence[FileLayout], claims: Mapping[int, Sequence[Claim]]) -> Ownership:
+    """Who writes what.
 
     Raises CheckpointError if a claim does not fit its tensor, or if claims leave a gap or overlap without being equal.
     Replicas (equal claims) go to the rank with the fewest bytes so far, largest first (LPT).
@@ -35,7 +44,12 @@ def assign_owners(files: Sequence[FileLayout], claims: Mapping[int, Sequence[Cla
             if extent.spec.numel:
                 holders = tensors.get((file_index, tensor_index), {})
                 _check_whole(extent.spec.name, extent.spec.shape, holders)
-    return _balance(files, tensors, claims.keys())
+    replicated: dict[int, list[int]] = {rank: [] for rank in claims}
+    for holders in tensors.values():
+        for who in holders.values():
+            for rank, index in who if len(who) > 1 else ():
+                replicated[rank].append(index)
+    return Ownership(_balance(files, tensors, claims.keys()), replicated)
 
 
 def _check_fit(files: Sequence[FileLayout], rank: int, claim: Claim) -> None:

@@ -128,7 +128,7 @@ class Desk:
         if self._live is not None:
             image.remove()
             return
-        live = self._install(image, {})
+        live = self._install(image, None)
         live.recover()
 
     def tick(self) -> None:
@@ -210,7 +210,7 @@ class Desk:
             undo()
             return
         self._registration = self._grant = None
-        live = self._install(image, grant.owned)
+        live = self._install(image, grant)
         for rank in range(options.world):
             live.grant(rank)
 
@@ -226,11 +226,11 @@ class Desk:
 
     # --- the live run, and what is left of it ----------------------------------------------------------------------
 
-    def _install(self, image: RunImage, owned: dict[int, list[int]]) -> LiveRun:
+    def _install(self, image: RunImage, grant: Grant | None) -> LiveRun:
         live = LiveRun(
             self._services,
             image,
-            owned=owned,
+            grant=grant,
             resume=self._newest,
             on_commit=self._drop_kept,
             on_end=lambda: self._end(live),

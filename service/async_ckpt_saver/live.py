@@ -26,6 +26,7 @@ from async_ckpt.core.protocol import (
 
 from .image import RunImage
 from .recovery import commit_once
+from .registration import Grant
 from .retention import apply_policy
 from .run import Action, Commit, Run
 from .services import Services
@@ -34,15 +35,16 @@ log = logging.getLogger(__name__)
 
 
 class LiveRun:
-    """`owned` answers the registrations. `resume` is asked once, when all ranks are ready. `on_commit` and `on_end`
-    tell the desk; `on_end` comes once, when every rank is gone and every complete step is settled."""
+    """`grant` answers the registrations; None for a run that an earlier saver granted. `resume` is asked once, when all
+    ranks are ready. `on_commit` and `on_end` tell the desk; `on_end` comes once, when every rank is gone and every
+    complete step is settled."""
 
     def __init__(
         self,
         services: Services,
         image: RunImage,
         *,
-        owned: dict[int, list[int]],
+        grant: Grant | None,
         resume: Callable[[], Resume | None],
         on_commit: Callable[[], None],
         on_end: Callable[[], None],
@@ -52,7 +54,7 @@ class LiveRun:
         self.started = False
         self.launcher_alive = image.record.launcher is not None
         self._services = services
-        self._owned = owned
+        self._grant = grant
         self._resume = resume
         self._on_commit = on_commit
         self._on_end = on_end
@@ -73,8 +75,17 @@ class LiveRun:
 
     def grant(self, rank: int) -> None:
         images = [str(slot.image) for slot in self.image.slots]
-        granted = Granted(run=str(self.image.path), slot_directories=images, owned=self._owned.get(rank, []))
-        self._send(rank, granted)
+        assert self._grant is not None
+        ownership, verify = self._grant.ownership, self._grant.replicas is not None
+        self._send(
+            rank,
+            Granted(
+                run=str(self.image.path),
+                slot_directories=images,
+                owned=ownership.owned[rank],
+                replicated=ownership.replicated[rank] if verify else [],
+            ),
+        )
 
     def recover(self) -> None:
         """Take up what an earlier saver left: the journal is what the ranks had said."""
@@ -88,7 +99,7 @@ class LiveRun:
         elif isinstance(message, Ready):
             self._rank_ready(rank)
         elif isinstance(message, Staged):
-            self._perform(self._machine.report(rank, message.slot, message.step, "staged"))
+            self._staged(rank, message)
         elif isinstance(message, Skipped):
             self._perform(self._machine.report(rank, message.slot, message.step, "skipped", message.reason))
         elif isinstance(message, Failed):
@@ -130,6 +141,14 @@ class LiveRun:
             self._start_message = Started(resume=resume, newest_step=resume.step if resume is not None else None)
             log.info("run %s of %s started, %d ranks", self.image.path, self.image.directory, self._machine.world)
         self.tell_all(self._start_message)
+
+    def _staged(self, rank: int, message: Staged) -> None:
+        check = self._grant.replicas if self._grant is not None else None
+        wrong = check.add(rank, message.step, message.replica_hashes) if check is not None else None
+        if wrong is None:
+            self._perform(self._machine.report(rank, message.slot, message.step, "staged"))
+        else:
+            self._perform(self._machine.report(rank, message.slot, message.step, "failed", wrong))
 
     def _leave(self, rank: int, reason: str) -> None:
         self._perform(self._machine.leave(rank, reason))

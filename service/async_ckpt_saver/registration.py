@@ -10,14 +10,16 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import FileLayout, TensorSpec, parse_file
 from async_ckpt.core.protocol import MAX_SLOTS, MAX_WORLD, PROTOCOL, Layout, Options, Register
 
-from .coverage import assign_owners
+from .coverage import Ownership, assign_owners
+from .replicas import ReplicaCheck
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """The layout of the run and, for each rank, the claims that it owns."""
+    """The layout of the run, who writes what, and the check of replicas if one is wanted."""
 
     layout: Layout
-    owned: dict[int, list[int]]
+    ownership: Ownership
+    replicas: ReplicaCheck | None
 
 
 class Want(msgspec.Struct, frozen=True):
@@ -94,10 +96,12 @@ class Registration:
                 return Want(rank)
         try:
             files = check_layout(layout)
-            owned = assign_owners(files, {rank: member.claims for rank, member in self.members.items()})
+            claims = {rank: member.claims for rank, member in self.members.items()}
+            ownership = assign_owners(files, claims)
         except CheckpointError as error:
             return Refusal(str(error))
-        return Grant(layout, owned)
+        verify = self.options.verify_replicas
+        return Grant(layout, ownership, ReplicaCheck(files, claims, ownership.replicated) if verify else None)
 
 
 def check_layout(layout: Layout) -> list[FileLayout]:

@@ -26,11 +26,11 @@ def rows(tensor: int, start: int, count: int, width: int) -> Claim:
 
 def test_two_halves_make_a_whole() -> None:
     claims = {0: [rows(0, 0, 3, 4)], 1: [rows(0, 3, 2, 4)]}
-    assert assign_owners(one_file((5, 4)), claims) == {0: [0], 1: [0]}
+    assert assign_owners(one_file((5, 4)), claims).owned == {0: [0], 1: [0]}
 
 
 def test_an_empty_tensor_needs_no_owner() -> None:
-    assert assign_owners(one_file((0, 4)), {0: []}) == {0: []}
+    assert assign_owners(one_file((0, 4)), {0: []}).owned == {0: []}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_what_is_not_whole_is_named(claims: dict[int, list[Claim]], message: str
 def test_replicas_are_shared_out_by_bytes() -> None:
     shapes = [(8, 8), (4, 8), (4, 8), (2, 8), (2, 8)]
     claims = {rank: [Claim(0, t, Region.whole(shape)) for t, shape in enumerate(shapes)] for rank in range(2)}
-    owned = assign_owners(one_file(*shapes), claims)
+    owned = assign_owners(one_file(*shapes), claims).owned
     assert sorted(itertools.chain(*owned.values())) == [0, 1, 2, 3, 4]
     load = [sum(math.prod(shapes[index]) for index in owned[rank]) for rank in range(2)]
     assert load == [80, 80]
@@ -95,7 +95,7 @@ def claimed_tensor(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[int, list[Cla
 def test_granted_means_that_every_element_has_one_owner(case: tuple[tuple[int, ...], dict[int, list[Claim]]]) -> None:
     shape, claims = case
     try:
-        owned = assign_owners(one_file(shape), claims)
+        owned = assign_owners(one_file(shape), claims).owned
     except CheckpointError:
         return
     owners = [0] * math.prod(shape)
@@ -118,6 +118,6 @@ def test_every_real_sharding_is_granted(height: int, width: int, down: int, acro
             sizes = (min(row_step, height - top), min(column_step, width - left))
             claim = Claim(0, 0, Region(False, (top, left), sizes))
             claims[replica * down * across + i * across + j] = [claim] if math.prod(sizes) else []
-    owned = assign_owners(one_file((height, width)), claims)
+    owned = assign_owners(one_file((height, width)), claims).owned
     covered = [c for rank in owned for index in owned[rank] for c in cells((height, width), claims[rank][index].region)]
     assert sorted(covered) == list(range(height * width))

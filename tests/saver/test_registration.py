@@ -49,7 +49,7 @@ def test_all_ranks_in_any_order_are_granted(order: tuple[int, int]) -> None:
     assert registration.add(b"a", register(order[0])) is None
     verdict = registration.add(b"b", register(order[1]))
     assert isinstance(verdict, Grant)
-    assert verdict.owned == {0: [0], 1: [0]}
+    assert verdict.ownership.owned == {0: [0], 1: [0]}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,309 @@
+"""Training that was stopped and restored goes on as if it had not stopped; and on any other topology with the same
+state. The oracles are the uninterrupted run, and the checkpoint of the hop before."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
+
+from tests.sharding import test_fsdp1
+from tests.system.processes import Job, run_cases
+from tests.system.training import adamw, attach, full_values, rank, refusal, step, trained, wrapped
+from tests.tiny_llama import forward, no_collectives, peft_model, reference
+
+STATE = "training_state/training_state.safetensors"
+
+
+class Batches:
+    """A loader that knows where it is, as StatefulDataLoader does; each rank has its own place."""
+
+    def __init__(self) -> None:
+        self.position = rank()
+
+    def next(self) -> float:
+        self.position += dist.get_world_size()
+        return self.position / 10
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "rng": torch.arange(3) + rank(), "shape": (1, rank())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert torch.equal(state["rng"], torch.arange(3) + rank())
+        assert state["shape"] == (1, rank())
+        self.position = state["position"]
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw-fused": functools.partial(adamw, fused=True),
+    "adamw-loop": functools.partial(adamw, foreach=False),
+    "adamw-amsgrad": functools.partial(adamw, amsgrad=True),
+    "sgd": lambda model: torch.optim.SGD(trained(model), lr=0.05, momentum=0.9),
+    "adagrad": lambda model: torch.optim.Adagrad(trained(model), lr=0.05),
+}
+
+
+class Training:
+    """Everything of a run: model, optimizer, scheduler, loader, and noise from every generator in the loss."""
+
+    def __init__(self, kind: str, make: Callable[[Any], torch.optim.Optimizer], model: Any = None) -> None:
+        self.model = wrapped(kind) if model is None else model
+        self.optimizer = make(self.model)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, total_steps=30, cycle_momentum=False)
+        self.batches = Batches()
+
+    def attach(self, folder: Path) -> Any:
+        return attach(
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            directory=folder,
+            stateful={"batches": self.batches},
+            timeout_s=60,
+        )
+
+    def losses(self, steps: int) -> list[float]:
+        found = []
+        for _ in range(steps):
+            noise = 1 + random.random() + np.random.rand() + torch.rand(()).item() + self.batches.next()
+            loss = forward(self.model) * noise
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+
+def goes_on_bit_by_bit(folder: Path, kind: str, make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(rank())
+    run = Training(kind, make)
+    with run.attach(folder) as ckpt:
+        run.losses(3)
+        with no_collectives():
+            handle = ckpt.save(3)
+        expected = run.losses(4)
+        handle.wait()
+    assert len(set(expected)) == 4
+    again = Training(kind, make)
+    with no_collectives():
+        ckpt = again.attach(folder)
+        restored = ckpt.restore()
+    assert restored is not None
+    assert restored.step == 3
+    assert again.losses(4) == expected
+    with no_collectives():
+        ckpt.close()
+
+
+def starts_where_nothing_had_begun(folder: Path) -> None:
+    """A checkpoint from before the first step: nothing of an optimizer's state may appear out of it."""
+    run = Training("fsdp2", adamw)
+    with run.attach(folder) as ckpt:
+        ckpt.save(0).wait()
+        state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        expected = run.losses(2)
+    again = Training("fsdp2", adamw)
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    with again.attach(folder) as ckpt:
+        assert ckpt.restore() is not None
+        assert not again.optimizer.state
+        assert again.losses(2) == expected
+
+
+def several_optimizers(folder: Path) -> None:
+    def build() -> tuple[Any, list[torch.optim.Optimizer]]:
+        model = wrapped("fsdp2")
+        parameters = trained(model)
+        return model, [
+            torch.optim.AdamW(parameters[::2], lr=0.05),
+            torch.optim.SGD(parameters[1::2], 0.05, momentum=0.9),
+        ]
+
+    def losses(model: Any, optimizers: list[torch.optim.Optimizer]) -> list[float]:
+        found = []
+        for _ in range(3):
+            loss = forward(model)
+            loss.backward()  # type: ignore[no-untyped-call]
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    model, optimizers = build()
+    with attach(model, optimizers, directory=folder, timeout_s=60) as ckpt:
+        losses(model, optimizers)
+        handle = ckpt.save(1)
+        expected = losses(model, optimizers)
+        handle.wait()
+    model, optimizers = build()
+    with attach(model, optimizers, directory=folder, timeout_s=60) as ckpt:
+        ckpt.restore()
+        assert losses(model, optimizers) == expected
+
+
+def any_optimizer_attaches(folder: Path) -> None:
+    """One whose state cannot be saved by elements is left out, and the adapter is saved all the same."""
+    model = wrapped("fsdp2")
+    optimizer = torch.optim.LBFGS(trained(model))
+    with attach(model, optimizer, directory=folder, timeout_s=60) as ckpt:
+        path = ckpt.save(1).wait()
+    if rank() == 0:
+        names = safetensors.torch.load_file(path / STATE).keys()
+        assert len(names) > 0
+        assert all(name.startswith("rng.rank") for name in names)
+
+
+def differences_are_listed(folder: Path) -> None:
+    run = Training("fsdp2", adamw)
+    with run.attach(folder) as ckpt:
+        run.losses(1)
+        ckpt.save(1).wait()
+    other = Training("fsdp2", OPTIMIZERS["sgd"])
+    values = full_values(other.model)
+    with other.attach(folder) as ckpt:
+        said = refusal(ckpt.restore)
+    assert "the optimizer is a AdamW in the checkpoint, a SGD here" in said
+    assert "momentum_buffer: not in the file" in said
+    assert "and" in said.splitlines()[-1]
+    assert not other.optimizer.state
+    assert all(torch.equal(value, values[name]) for name, value in full_values(other.model).items())
+
+
+def weights_alone_from_a_whole_checkpoint(folder: Path) -> None:
+    run = Training("fsdp2", adamw)
+    with run.attach(folder) as ckpt:
+        run.losses(2)
+        values = full_values(run.model)
+        ckpt.save(1).wait()
+    model = wrapped("ddp")
+    with attach(model, directory=folder, timeout_s=60) as ckpt:
+        assert ckpt.restore() is not None
+    restored = full_values(model)
+    assert len(restored) > 0
+    assert all(torch.equal(value, values[name]) for name, value in restored.items())
+
+
+def diverged_replicas_are_named(folder: Path) -> None:
+    """Under DDP every rank holds everything; one value changed on one rank must be found."""
+    model = wrapped("ddp")
+    optimizer = adamw(model)
+    with attach(model, optimizer, directory=folder, timeout_s=60, verify_replicas=True) as ckpt:
+        step(model, optimizer)
+        assert ckpt.save(1).wait() == folder / "checkpoint-1"
+        name, parameter = [each for each in model.named_parameters() if "lora_B" in each[0]][2]
+        with torch.no_grad():
+            before = parameter[0, 0].clone()
+            parameter[0, 0] += float(rank())
+        said = refusal(ckpt.save(2).wait)
+        assert "differs between rank" in said
+        assert name.removeprefix("module.").replace(".default", "") in said
+        with torch.no_grad():
+            parameter[0, 0] = before
+        assert ckpt.save(3).wait() == folder / "checkpoint-3"
+    assert not (folder / "checkpoint-2").exists()
+
+
+def _cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
+    for kind in ("ddp", "fsdp2", "fsdp1", "fsdp1_flat", "fsdp2_compiled"):
+        yield f"bitwise-{kind}", functools.partial(goes_on_bit_by_bit, kind=kind, make=adamw)
+    for name, make in OPTIMIZERS.items():
+        yield f"bitwise-fsdp2-{name}", functools.partial(goes_on_bit_by_bit, kind="fsdp2", make=make)
+    for case in (starts_where_nothing_had_begun, several_optimizers, any_optimizer_attaches, differences_are_listed,
+                 weights_alone_from_a_whole_checkpoint, diverged_replicas_are_named):  # fmt: skip
+        yield case.__name__, case
+
+
+CASES = dict(_cases())
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, str]:
+    return {}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_state(results: dict[str, str], folder: Path, case: str) -> None:
+    if not results:
+        results.update(run_cases("tests.system.test_training_state", list(CASES), 2, folder))
+    if results[case]:
+        pytest.fail(results[case], pytrace=False)
+
+
+# --- from topology to topology ---------------------------------------------------------------------------------------
+
+
+def hsdp(model: Any) -> Any:
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def grad_op(model: Any) -> Any:
+    return test_fsdp1.wrap(model, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
+
+
+def unsharded(model: Any) -> Any:
+    return test_fsdp1.wrap(model, sharding_strategy=ShardingStrategy.NO_SHARD)
+
+
+BY_HAND = {"hsdp": hsdp, "grad_op": grad_op, "no_shard": unsharded}
+CHAIN = [("fsdp2", 2), ("fsdp1", 3), ("ddp", 2), ("plain", 1), ("hsdp", 4), ("fsdp1_flat", 2), ("grad_op", 3),
+         ("no_shard", 2), ("fsdp2", 3)]  # fmt: skip
+
+
+def hop(folder: str, kind: str, number: str) -> None:
+    """Restore what the hop before saved, save it again untouched, and let the next hop begin after one more step."""
+    model = BY_HAND[kind](peft_model()) if kind in BY_HAND else wrapped(kind)
+    optimizer = adamw(model)
+    directory, place = Path(folder, "runs"), int(number)
+    with attach(model, optimizer, directory=directory, timeout_s=60) as ckpt:
+        with no_collectives():
+            restored = ckpt.restore()
+        assert (restored is None) == (place == 0)
+        if restored is not None:
+            assert restored.step == 10 * place - 9
+            assert restored.source == "disk"
+            ckpt.save(10 * place).wait()
+        forward(model).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        ckpt.save(10 * place + 1).wait()
+        values = full_values(model)
+    if rank() == 0:
+        expected = reference(values=values)
+        written = (directory / f"checkpoint-{10 * place + 1}" / "adapter_model.safetensors").read_bytes()
+        assert written == expected["adapter_model.safetensors"]
+
+
+def test_the_bytes_stay_the_same_from_topology_to_topology(folder: Path) -> None:
+    for number, (kind, world) in enumerate(CHAIN):
+        with Job("tests.system.test_training_state:hop", world, folder, kind, str(number)) as job:
+            job.wait()
+        if number == 0:
+            continue
+        before, after = (folder / "runs" / f"checkpoint-{step}" for step in (10 * number - 9, 10 * number))
+        assert (before / "adapter_model.safetensors").read_bytes() == (after / "adapter_model.safetensors").read_bytes()
+        old, new = (
+            {n: t for n, t in safetensors.torch.load_file(path / STATE).items() if not n.startswith("rng.")}
+            for path in (before, after)
+        )
+        assert len(old) > 0
+        assert any(tensor.count_nonzero() for name, tensor in old.items() if name.endswith("exp_avg_sq"))
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[name], new[name]) for name in old), kind
