@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -29,45 +29,10 @@ from async_ckpt.sharding.dtensor import original_class
 from async_ckpt.sharding.fsdp1 import FlatShard
 from async_ckpt.sharding.names import join, spliced, unwrap, walk
 
-# What safetensors calls the dtypes of torch. Two 4-bit floats in a byte are left out: the shapes differ.
-SAFETENSORS_DTYPE: dict[torch.dtype, str] = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-}
-if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
-    SAFETENSORS_DTYPE[torch.float8_e8m0fnu] = "F8_E8M0"
+from .contents import Contents, NamedTensor, check_storable
+from .special_tuners import kind_of, plain_attributes, prompt_source, refuse_computed, watched
 
-# Prompt learning: PEFT saves what the prompt encoder answers. For these kinds that is its embedding as it is.
-_COPIED_PROMPTS = frozenset({PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING, PeftType.MULTITASK_PROMPT_TUNING})
-_PROMPT_SOURCES = {
-    "prompt_embeddings": "embedding.weight",
-    "prefix_task_cols": "prefix_task_cols",
-    "prefix_task_rows": "prefix_task_rows",
-}
-
-
-@dataclass(frozen=True)
-class AdapterTensor:
-    """`name` is the tensor's name in adapter_model.safetensors, `shard` its source in the model."""
-
-    name: str
-    shard: Shard
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,8 +44,18 @@ class AdapterPlan:
     """
 
     subfolder: str
-    tensors: tuple[AdapterTensor, ...]
+    tensors: tuple[NamedTensor, ...]
     documents: dict[str, bytes]
+
+    @property
+    def contents(self) -> Contents:
+        path = f"{self.subfolder}/{ADAPTER_FILE}" if self.subfolder else ADAPTER_FILE
+        return Contents({path: self.tensors}, self.documents)
+
+
+def holds_adapters(model: nn.Module) -> bool:
+    """Whether there is a PeftModel in `model`, however that is wrapped."""
+    return any(isinstance(module, PeftModel) for _, module in walk(model))
 
 
 def plan_adapter(model: nn.Module, adapter_name: str = "default", *, documents: bool) -> AdapterPlan:
@@ -92,28 +67,27 @@ def plan_adapter(model: nn.Module, adapter_name: str = "default", *, documents: 
 
     Raises CheckpointError if there is no such adapter, and for what cannot be saved as a copy of the model's tensors.
     """
-    path, peft_model = _find_peft_model(model)
+    path, peft_model = _find_peft_model(model, adapter_name)
     config = _config_of(peft_model, adapter_name)
     shards = find_shards(model)
-    _refuse_unsupported(peft_model, config, adapter_name, shards)
+    refuse_computed(peft_model, config, adapter_name)
+    _refuse_unmappable(peft_model, config, adapter_name, shards)
     subfolder = "" if adapter_name == "default" else adapter_name
     with spliced(peft_model) as tree:
         sources = _name_tensors(tree, path, config, adapter_name, shards)
         files = _write_documents(tree, config, subfolder) if documents else {}
     if not sources:
         raise CheckpointError(
-            f"adapter {adapter_name!r} ({_kind(config)}) has no tensors to save; check that its target_modules match "
+            f"adapter {adapter_name!r} ({kind_of(config)}) has no tensors to save; check that its target_modules match "
             "the model's module names"
         )
-    tensors = tuple(AdapterTensor(name, shards[source]) for name, source in sorted(sources.items()))
+    tensors = tuple(NamedTensor(name, watched(shard, config)) for name, shard in sorted(sources.items()))
     for tensor in tensors:
-        _check_storable(tensor)
-    if config.peft_type == PeftType.ADALORA:
-        tensors = tuple(AdapterTensor(tensor.name, _FullRankShard(tensor.shard, config)) for tensor in tensors)
+        check_storable(tensor, "adapter")
     return AdapterPlan(subfolder, tensors, files)
 
 
-def _find_peft_model(model: nn.Module) -> tuple[str, Any]:
+def _find_peft_model(model: nn.Module, adapter_name: str) -> tuple[str, Any]:
     """The PeftModel, and its canonical path in `model`."""
     found = {module: path for path, module in reversed(list(walk(model))) if isinstance(module, PeftModel)}
     if len(found) == 1:
@@ -122,7 +96,7 @@ def _find_peft_model(model: nn.Module) -> tuple[str, Any]:
     kind = type(unwrap(model)).__name__
     if not found:
         raise CheckpointError(
-            f"the model is a {kind} without a PeftModel in it, and saving full models is not supported yet; wrap it "
+            f"the model is a {kind} without a PeftModel in it, so it has no adapter named {adapter_name!r}; wrap it "
             "with peft.get_peft_model before FSDP or DDP"
         )
     raise CheckpointError(
@@ -144,20 +118,7 @@ def _config_of(peft_model: Any, adapter_name: str) -> Any:
     return configs[adapter_name]
 
 
-def _refuse_unsupported(peft_model: Any, config: Any, adapter_name: str, shards: Mapping[str, Shard]) -> None:
-    prompt = f"tensor 'prompt_embeddings' of adapter {adapter_name!r} ({_kind(config)})"
-    if getattr(config, "prefix_projection", False):
-        raise CheckpointError(
-            f"{prompt} is computed by a projection when PEFT saves it, which async_ckpt cannot do; "
-            "use prefix_projection=False"
-        )
-    if config.is_prompt_learning and config.peft_type not in _COPIED_PROMPTS:
-        raise CheckpointError(
-            f"{prompt} is computed by the prompt encoder when PEFT saves it, which async_ckpt cannot do; "
-            "use prompt tuning or prefix tuning, or save with save_pretrained"
-        )
-    if config.peft_type == PeftType.ADALORA and config.rank_pattern is not None:
-        raise _reduced_rank(f"adapter {adapter_name!r}")
+def _refuse_unmappable(peft_model: Any, config: Any, adapter_name: str, shards: Mapping[str, Shard]) -> None:
     modules = [module for _, module in walk(peft_model)]
     if any(hasattr(module, "_tp_info") for module in modules):
         raise CheckpointError(
@@ -173,8 +134,10 @@ def _refuse_unsupported(peft_model: Any, config: Any, adapter_name: str, shards:
             )
 
 
-def _name_tensors(tree: Any, path: str, config: Any, adapter_name: str, shards: Mapping[str, Shard]) -> dict[str, str]:
-    """File name -> canonical name, as PEFT tells it for the unwrapped `tree`, which lies at `path` in the model."""
+def _name_tensors(
+    tree: Any, path: str, config: Any, adapter_name: str, shards: Mapping[str, Shard]
+) -> dict[str, Shard]:
+    """File name -> source, as PEFT tells it for the unwrapped `tree`, which lies at `path` in the model."""
     prefix = join(path, "")
     names = {name.removeprefix(prefix): name for name in shards if name.startswith(prefix)}
     placeholders = {
@@ -188,18 +151,19 @@ def _name_tensors(tree: Any, path: str, config: Any, adapter_name: str, shards: 
             )
         except Exception as error:
             raise CheckpointError(
-                f"PEFT could not list the tensors of adapter {adapter_name!r} ({_kind(config)}): {error!r}; if "
+                f"PEFT could not list the tensors of adapter {adapter_name!r} ({kind_of(config)}): {error!r}; if "
                 "save_pretrained works for this model, save with it instead and report this"
             ) from error
-    known = {id(placeholder): names[local] for local, placeholder in placeholders.items()}
+    known = {id(placeholder): shards[names[local]] for local, placeholder in placeholders.items()}
+    known |= plain_attributes(tree, path)
     sources = {}
     for name, tensor in saved.items():
         source = known.get(id(tensor))
-        if source is None and config.is_prompt_learning and name in _PROMPT_SOURCES:
-            source = names.get(f"prompt_encoder.{adapter_name}.{_PROMPT_SOURCES[name]}")
+        if source is None and (local := prompt_source(config, adapter_name, name)) in names:
+            source = shards[names[local]]
         if source is None:
             raise CheckpointError(
-                f"tensor {name!r} of adapter {adapter_name!r} ({_kind(config)}) is computed when PEFT saves it, not "
+                f"tensor {name!r} of adapter {adapter_name!r} ({kind_of(config)}) is computed when PEFT saves it, not "
                 "copied from a tensor of the model, which async_ckpt cannot do; save with save_pretrained"
             )
         sources[name] = source
@@ -282,46 +246,3 @@ def _write_documents(tree: Any, config: Any, subfolder: str) -> dict[str, bytes]
         config.save_pretrained(os.path.join(folder, subfolder), auto_mapping_dict=auto_mapping)
         files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
         return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
-
-
-def _check_storable(tensor: AdapterTensor) -> None:
-    local = tensor.shard.local()
-    if local.is_meta:
-        raise CheckpointError(
-            f"tensor {tensor.name!r} of the adapter is on the meta device: it has no values yet; materialise the "
-            "adapter (to_empty and initialise, or load it) before attach()"
-        )
-    if type(local) is not torch.Tensor or tensor.shard.dtype not in SAFETENSORS_DTYPE:
-        raise CheckpointError(
-            f"tensor {tensor.name!r} of the adapter is a {type(local).__name__} of dtype {tensor.shard.dtype}, which "
-            "cannot be copied into a safetensors file; keep the adapter in plain floating-point tensors"
-        )
-
-
-def _kind(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
-
-
-def _reduced_rank(what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{what} is an AdaLoRA adapter whose ranks were reduced (rank_pattern is set): PEFT then saves selected rows "
-        "of lora_A, lora_B and lora_E, which async_ckpt cannot do yet; save with save_pretrained from here on"
-    )
-
-
-class _FullRankShard(Shard):
-    """A tensor of AdaLoRA, which may be copied whole only until the first rank is reduced."""
-
-    def __init__(self, shard: Shard, config: Any) -> None:
-        super().__init__(shard.name, shard.shape, shard.dtype, shard.region)
-        self._shard = shard
-        self._config = config
-
-    @property
-    def is_buffer(self) -> bool:
-        return self._shard.is_buffer
-
-    def local(self) -> torch.Tensor:
-        if self._config.rank_pattern is not None:
-            raise _reduced_rank(f"{self.name!r}")
-        return self._shard.local()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 from collections import Counter
@@ -26,9 +27,9 @@ from async_ckpt.core.protocol import (
 from async_ckpt.core.retention_policy import KeepBest, Policy
 
 from .checkpointer import Checkpointer, Settings
-from .client import Client
+from .client import Client, SaverRestarted
 from .embedded import EmbeddedSaver
-from .plan import Plan, plan_checkpoint
+from .plan import Plan, Selection, plan_checkpoint
 from .staging import Slot, Staging
 from .topology import Topology, discover
 from .training_state import Stateful, make_parts
@@ -47,6 +48,7 @@ def attach(
     directory: str | os.PathLike[str] = "checkpoints",
     saver: str | None = None,
     adapter_name: str = "default",
+    max_shard_size: int | str = "50GB",
     slots: int = 2,
     when_busy: Literal["wait", "skip"] = "wait",
     staging: Literal["overlap", "sync"] = "overlap",
@@ -56,23 +58,29 @@ def attach(
     timeout_s: float = 600.0,
     scaler: Stateful | None = None,
     stateful: Mapping[str, Stateful] | None = None,
+    verify_replicas: bool = False,
 ) -> Checkpointer:
-    """Prepare checkpoints of the PEFT adapter in `model`; afterwards `save` costs next to nothing.
+    """Prepare checkpoints of the PEFT adapter in `model`, or of the whole model if it is a transformers model without
+    one; afterwards `save` costs next to nothing.
 
-    Guarantee: no collective, no gather, no GPU memory; every byte of the adapter is owned by exactly one rank, or
+    Guarantee: no collective, no gather, no GPU memory; every byte that is saved is owned by exactly one rank, or
     every rank raises. Call it on all ranks, before or after the first forward, on the model as it is: plain, or
     wrapped by DDP, FSDP1, FSDP2 or torch.compile.
 
     `directory`: gets `checkpoint-<step>/` and `latest`. `saver`: the endpoint of a running `async-ckpt-saver`; else
     the environment's ASYNC_CKPT_SAVER; else one is started on this host, which ends by itself. `slots`: snapshots that
-    may be under way at once, each as large as the adapter, in /dev/shm. `when_busy`: what `save` does when all are.
+    may be under way at once, each as large as a checkpoint, in /dev/shm. `when_busy`: what `save` does when all are.
     `staging`: "overlap" copies while training goes on, "sync" within `save`. `keep_last`, `keep_every`,
     `keep_best=("eval_loss", "min", 2)`: which checkpoints stay; by default all. `timeout_s`: how long any call waits
-    for other ranks, for a slot, or for storage.
+    for other ranks, for a slot, or for storage. `max_shard_size`: how a whole model is split into files, as
+    `save_pretrained` understands it.
+
+    `verify_replicas`: hash what several ranks hold alike (under DDP everything) at each save, and fail the save, naming
+    the tensor, if ranks have diverged; on CUDA the fence then waits on the host.
 
     `optimizer` (one or several), `scheduler`, `scaler` (a GradScaler) and `stateful` (`{"dataloader": loader}`: any
-    object with a state_dict, one a rank) are saved and restored with the adapter, and random numbers with them: at the
-    same world size training goes on bit by bit as if it had not stopped. Without them only the adapter is saved.
+    object with a state_dict, one a rank) are saved and restored with the weights, and random numbers with them: at the
+    same world size training goes on bit by bit as if it had not stopped. Without them only the weights are saved.
 
     Raises CheckpointError, on every rank with the same reason, saying what to change.
     """
@@ -84,14 +92,14 @@ def attach(
     topology = discover()
     _attempts[path] += 1
     identity = _Identity(
-        Options(str(path), topology.world, slots, policy, float(timeout_s)),
+        Options(str(path), topology.world, slots, policy, float(timeout_s), verify_replicas),
         f"{topology.job}:{_attempts[path]}",
         topology,
     )
     plan = _plan(
         lambda: plan_checkpoint(
             model,
-            adapter_name,
+            Selection(adapter_name, max_shard_size),
             make_parts(optimizer, scheduler, scaler, stateful),
             rank=topology.rank,
             world=topology.world,
@@ -108,7 +116,7 @@ def attach(
         raise
     assert isinstance(plan, Plan)
     where = f"the saver's log, {embedded.log_path}" if embedded is not None else f"the log of the saver at {endpoint}"
-    settings = Settings(Path(directory), topology.rank, when_busy, float(timeout_s), where)
+    settings = Settings(path, Path(directory).expanduser(), topology.rank, when_busy, float(timeout_s), where)
     _attached.add(path)
     return Checkpointer(
         model, plan, settings, joined_staging, client, started, on_close=lambda: _attached.discard(path)
@@ -123,13 +131,13 @@ class _Identity:
 
 
 def _check_arguments(slots: int, when_busy: str, staging: str, timeout_s: float) -> None:
-    if not isinstance(slots, int) or not 1 <= slots <= MAX_SLOTS:
+    if not isinstance(slots, int) or isinstance(slots, bool) or not 1 <= slots <= MAX_SLOTS:
         raise CheckpointError(f"slots={slots!r}: give a number from 1 to {MAX_SLOTS}")
     if when_busy not in ("wait", "skip"):
         raise CheckpointError(f"when_busy={when_busy!r}: give 'wait' or 'skip'")
     if staging not in ("overlap", "sync"):
         raise CheckpointError(f"staging={staging!r}: give 'overlap' or 'sync'")
-    if not timeout_s > 0:
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
         raise CheckpointError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
 
 
@@ -165,6 +173,9 @@ def _join(
         raise CheckpointError(f"rank {topology.rank} cannot map its slots in {granted.run}: {error}") from error
     try:
         return staging, client.ready(timeout_s)
+    except SaverRestarted:
+        staging.close()
+        return _join(client, identity, plan, overlap=overlap)
     except BaseException:
         staging.close()
         raise
@@ -189,7 +200,8 @@ def _registration(identity: _Identity, plan: Plan) -> Register:
 def _map(granted: Granted, plan: Plan, rank: int, *, overlap: bool) -> Staging:
     parts = [plan.parts[index] for index in granted.owned]
     slots = [Slot(Path(granted.run), index, parts) for index in range(len(granted.slot_directories))]
-    return Staging(rank, slots, parts, overlap=overlap)
+    replicated = [plan.parts[index] for index in granted.replicated]
+    return Staging(rank, slots, parts, overlap=overlap, replicated=replicated)
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -35,9 +36,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose, as far as a Checkpointer needs it. `saver` says in an error where to look next."""
+    """What the user chose, as far as a Checkpointer needs it. `directory` is absolute; `given` is how the user named
+    it, and names the paths that are returned. `saver` says in an error where to look next."""
 
     directory: Path
+    given: Path
     rank: int
     when_busy: Literal["wait", "skip"]
     timeout_s: float
@@ -86,21 +89,21 @@ class Checkpointer:
     # --- what a training loop calls --------------------------------------------------------------------------------
 
     def save(self, step: int, *, metrics: Mapping[str, Any] | None = None, extra: Any = None) -> SaveHandle:
-        """Snapshot the adapter as it is now and return; the copy and the commit go on behind the training.
+        """Snapshot the weights as they are now and return; the copy and the commit go on behind the training.
 
         `step` must grow from save to save. `metrics` (numbers, strings) and `extra` (JSON) go into the manifest as
-        rank 0 gives them. With both slots busy it waits for one, or skips this save: attach's `when_busy`.
+        rank 0 gives them. With all slots busy it waits for one, or skips this save: attach's `when_busy`.
         Raises CheckpointError if the checkpointer is closed, for a step that is not newer than what was saved or
         what the directory holds, and for metrics or extra that JSON cannot hold.
         """
         started_s = time.perf_counter()
-        self._check_save(step)
+        step = self._check_save(step)
         record = save_record(step, metrics, extra)
         slot = self._staging.slots[self._calls % len(self._staging.slots)]
         self._calls += 1  # also when skipped: all ranks must go through the slots in step
         self._newest_step = step
         self._stats.saves += 1
-        handle = SaveHandle(step, self._settings.directory / checkpoint_name(step), self._settings.timeout_s)
+        handle = SaveHandle(step, self._settings.given / checkpoint_name(step), self._settings.timeout_s)
         self._last = handle
         if self._lost is not None:
             self._end(handle, "failed", self._lost)
@@ -137,14 +140,15 @@ class Checkpointer:
             try:
                 OpenCheckpoint(self._plan, path, image).read()
                 # A slot of this run may have been taken by another rank's next save while we read.
-                source = "ram" if self._own_image(description.step) in (image, None) else "disk"
+                source = "ram" if self._is_still(image, description.step) else "disk"
             except CheckpointError as error:
                 log.warning("the image in RAM cannot be used (%s); reading %s", error, path)
         if source == "disk":
             OpenCheckpoint(self._plan, path, path).read()
         step = description.step
         self._newest_step = step if self._newest_step is None else max(step, self._newest_step)
-        return Restored(step, dict(description.metrics), description.extra, source, path)
+        given = self._settings.given / path.name if path.parent == self._settings.directory else path
+        return Restored(step, dict(description.metrics), description.extra, source, given)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when every save so far is committed. Raises CheckpointError for the first one that was not."""
@@ -180,11 +184,15 @@ class Checkpointer:
 
     # --- one save --------------------------------------------------------------------------------------------------
 
-    def _check_save(self, step: int) -> None:
+    def _check_save(self, step: int) -> int:
+        try:
+            step = operator.index(step)  # numpy's integers are not Python's
+        except TypeError as error:
+            raise CheckpointError(f"save({step!r}): the step must be a whole number") from error
         if self._closed:
             raise CheckpointError(f"save({step}) after close(): attach again to save more")
         if self._newest_step is None or step > self._newest_step:
-            return
+            return step
         if self._last is not None:
             raise CheckpointError(f"save({step}): step {self._newest_step} was saved already, and steps must grow")
         raise CheckpointError(
@@ -211,7 +219,10 @@ class Checkpointer:
 
     def _give_up(self, slot: Slot, handle: SaveHandle, outcome: Literal["skipped", "failed"], reason: str) -> None:
         self._end(handle, outcome, reason)
-        self._client.report(lambda seq: Skipped(seq=seq, slot=slot.index, step=handle.step, reason=reason))
+        index, step = slot.index, handle.step
+        self._staging.after_copies(
+            lambda: self._client.report(lambda seq: Skipped(seq=seq, slot=index, step=step, reason=reason))
+        )
 
     def _begin(self, slot: Slot, handle: SaveHandle, record: SaveRecord) -> None:
         self._open[handle.step] = self._occupants[slot.index] = handle
@@ -240,7 +251,10 @@ class Checkpointer:
     def _fail(self, slot: Slot, handle: SaveHandle, reason: str) -> None:
         """This rank could not stage: the others must not wait for it. The slot is free when the saver has settled."""
         self._end(handle, "failed", reason)
-        self._client.report(lambda seq: Failed(seq=seq, slot=slot.index, step=handle.step, reason=reason))
+        index, step = slot.index, handle.step
+        self._staging.after_copies(
+            lambda: self._client.report(lambda seq: Failed(seq=seq, slot=index, step=step, reason=reason))
+        )
 
     def _end(self, handle: SaveHandle, outcome: Literal["skipped", "failed"], reason: str) -> None:
         if handle.end(outcome, reason):
@@ -308,6 +322,10 @@ class Checkpointer:
             return None
         image = Path(self._resume.image) if self._resume.image is not None else None
         return directory / checkpoint_name(self._resume.step), image
+
+    def _is_still(self, image: Path, step: int) -> bool:
+        ours = {slot.paths.image for slot in self._staging.slots}
+        return image not in ours or self._own_image(step) == image
 
     def _own_image(self, step: int) -> Path | None:
         slots = self._staging.slots

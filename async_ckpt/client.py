@@ -55,12 +55,17 @@ Report = Staged | Skipped | Failed | Bye
 T = TypeVar("T", bound=msgspec.Struct)
 
 
+class SaverRestarted(CheckpointError):
+    """The saver was replaced while a run was being set up: what it had granted is void, register again."""
+
+
 class _Request:
     def __init__(self, message: FromRank, expected: type[msgspec.Struct], layout: Layout | None) -> None:
         self.message = message
         self.expected = expected
         self.layout = layout
         self.answer: FromSaver | None = None
+        self.void = False
         self.answered = threading.Event()
 
 
@@ -77,6 +82,7 @@ class Client:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._sequence = 0
         self._lock = threading.Lock()
+        self._refused: Refused | None = None  # came when nothing was asked, and answers what is asked next
         self._request: _Request | None = None  # asked, not yet sent
         self._pending: _Request | None = None  # sent, not yet answered
         self._unacknowledged: OrderedDict[int, tuple[float, bytes]] = OrderedDict()
@@ -111,7 +117,7 @@ class Client:
         return self._ask(message, Granted, timeout_s, layout)
 
     def ready(self, timeout_s: float) -> Started:
-        """Raises CheckpointError if another rank could not get ready."""
+        """Raises SaverRestarted if what was granted is void, CheckpointError if another rank could not get ready."""
         started = self._ask(Ready(), Started, timeout_s)
         self._started = True
         return started
@@ -164,6 +170,8 @@ class Client:
             )
         if not request.answered.wait(timeout_s + _GRACE_S):
             raise CheckpointError(f"the saver at {self.endpoint} did not answer within {timeout_s + _GRACE_S:g} s")
+        if request.void:
+            raise SaverRestarted(f"the saver at {self.endpoint} was replaced while this rank attached")
         if isinstance(request.answer, Refused):
             raise CheckpointError(request.answer.reason)
         assert isinstance(request.answer, answer)
@@ -182,25 +190,40 @@ class Client:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_fd, zmq.POLLIN)
-        heard_s, pinged_s = time.monotonic(), 0.0
         try:
-            while not self._stopped:
-                now_s = time.monotonic()
-                if now_s - pinged_s >= (_PING_S if self._reached.is_set() else 0.1):
-                    pinged_s = now_s
-                    self._ping()
-                    self._repeat(now_s)
-                    if now_s - heard_s > _SILENCE_S:
-                        self._look_after_saver()
-                ready = dict(poller.poll(1000 if self._reached.is_set() else 100))
-                if self._wake_fd in ready:
-                    os.eventfd_read(self._wake_fd)
-                self._send_inbox()
-                if self._socket in ready and self._drain_socket():
-                    heard_s = time.monotonic()
+            self._loop(poller)
+        except Exception as error:  # training goes on without checkpoints, and says so
+            log.exception("the conversation with the saver at %s broke", self.endpoint)
+            self._on_lost(f"the conversation with the saver broke: {error!r}")
         finally:
             self._socket.close()
             self._context.term()
+
+    def _loop(self, poller: zmq.Poller) -> None:
+        heard_s, pinged_s = time.monotonic(), 0.0
+        while not self._stopped:
+            now_s = time.monotonic()
+            if now_s - pinged_s >= (_PING_S if self._reached.is_set() else 0.1):
+                pinged_s = now_s
+                self._ping()
+                self._repeat(now_s)
+                if now_s - heard_s > _SILENCE_S:
+                    self._look_after_saver()
+            ready = dict(poller.poll(1000 if self._reached.is_set() else 100))
+            if self._wake_fd in ready:
+                os.eventfd_read(self._wake_fd)
+            self._send_inbox()
+            if self._socket in ready and self._drain_socket():
+                heard_s = time.monotonic()
+
+    def _say_again(self, pending: _Request, pong: Pong) -> None:
+        """To a new incarnation. It knows what is in a journal; of a run that had not started there is none."""
+        if isinstance(pending.message, Ready) and not pong.known:
+            pending.void = True
+            self._pending = None
+            pending.answered.set()
+        else:
+            self._send(pending.message)
 
     def _ping(self) -> None:
         with self._lock:
@@ -221,7 +244,11 @@ class Client:
         if request is not None and self._incarnation is not None and not request.answered.is_set():
             self._request = None
             self._pending = request
-            self._send(request.message)
+            if self._refused is not None and isinstance(request.message, Ready):
+                self._receive(self._refused)
+            else:
+                self._send(request.message)
+            self._refused = None
         while not self._inbox.empty():
             message = self._inbox.get()
             payload = encode(message)
@@ -279,15 +306,19 @@ class Client:
             self._pending = None
         elif isinstance(message, Refused) and self._started:
             self._on_lost(message.reason)
+        elif isinstance(message, Refused):
+            self._refused = message
 
     def _meet(self, pong: Pong) -> None:
         """A new incarnation knows what the journal says; what was on its way to the old one is said again."""
         if pong.incarnation != self._incarnation:
             self._incarnation = pong.incarnation
             if self._pending is not None:
-                self._send(self._pending.message)
+                self._say_again(self._pending, pong)
             self._repeat(time.monotonic(), all_of_them=True)
             self._reached.set()
             self._send_inbox()
+        elif not pong.known and self._pending is not None and isinstance(self._pending.message, Ready):
+            self._say_again(self._pending, pong)
         elif not pong.known and self._started and not self._leaving:
             self._on_lost(f"the saver at {self.endpoint} no longer knows this run")

@@ -75,7 +75,14 @@ class EmbeddedSaver:
         log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             subprocess.run(
-                command, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True, timeout=_START_TIMEOUT_S
+                command,
+                cwd="/",
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                check=True,
+                timeout=_START_TIMEOUT_S,
             )
         except (OSError, subprocess.SubprocessError) as error:
             raise self._failed() from error
@@ -92,3 +99,12 @@ class EmbeddedSaver:
         except OSError:
             tail = ""
         return CheckpointError(f"the embedded saver did not come up; its log is {self.log_path} and ends with:\n{tail}")
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with paths that are still right in another working directory."""
+    environment = dict(os.environ)
+    if "PYTHONPATH" in environment:
+        paths = environment["PYTHONPATH"].split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths)
+    return environment

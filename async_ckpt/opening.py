@@ -26,23 +26,38 @@ class OpenCheckpoint:
     RAM for the tensors. Raises CheckpointError, before anything is changed, if it does not fit the plan."""
 
     def __init__(self, plan: Plan, documents: Path, tensors: Path) -> None:
-        self._plan = plan
-        self._adapter = OpenFile(tensors / plan.adapter_path)
-        differences = self._adapter.differences(plan.adapter)
+        self._weights = _assign(plan, tensors)
+        differences = [line for file, targets in self._weights for line in file.differences(targets)]
         self._state: _OpenState | None = None
         if plan.state is not None:
             if (documents / DOCUMENT).exists():
                 self._state = _OpenState(plan.state, documents, tensors)
                 differences += self._state.differences
             else:
-                log.warning("%s holds no training state: only the adapter is restored", documents)
+                log.warning("%s holds no training state: only the weights are restored", documents)
         if differences:
             raise mismatch(documents, differences)
 
     def read(self) -> None:
-        self._adapter.read_into(self._plan.adapter)
+        for file, targets in self._weights:
+            file.read_into(targets)
         if self._state is not None:
             self._state.read()
+
+
+def _assign(plan: Plan, tensors: Path) -> list[tuple[OpenFile, list[Target]]]:
+    """Every file with weights, and the targets that it serves; what no file holds falls to the first one.
+
+    The checkpoint may be split into other files than the plan: another max_shard_size was given when it was saved.
+    """
+    folder = tensors / Path(next(iter(plan.weights))).parent
+    paths = sorted(folder.glob("*.safetensors")) or [tensors / path for path in plan.weights]
+    files = [OpenFile(path) for path in paths]
+    assigned: list[tuple[OpenFile, list[Target]]] = [(file, []) for file in files]
+    number = {name: index for index, file in enumerate(files) for name in file.extents}
+    for target in (target for targets in plan.weights.values() for target in targets):
+        assigned[number.get(target.name, 0)][1].append(target)
+    return assigned
 
 
 class _OpenState:
@@ -55,8 +70,8 @@ class _OpenState:
         self._local = _read_document(own) if self._same_world and own.exists() else None
         targets = [make_target(tensor.name, tensor) for tensor in state.tensors]
         self.differences = [
-            *self._file.differences(targets, ignore="rng."),
             *state.differences(self._shared),
+            *self._file.differences(targets, ignore="rng."),
         ]
         self._targets = [target for target in targets if _is_tensor(target)]
 

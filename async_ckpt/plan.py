@@ -15,24 +15,25 @@ from async_ckpt.core.layout import TensorSpec, plan_file
 from async_ckpt.core.manifest import checkpoint_name
 from async_ckpt.core.protocol import Claim, ImageFile, Layout, SaveRecord
 
-from .adapter import SAFETENSORS_DTYPE, plan_adapter
+from .adapter import holds_adapters, plan_adapter
+from .contents import SAFETENSORS_DTYPE, Contents
+from .full_model import plan_full_model
 from .restore import Target
 from .sharding import Shard, find_shards
 from .staging import Part
 from .training_state import TENSORS_FILE, Parts, TrainingState
 
-ADAPTER_FILE = "adapter_model.safetensors"
+DEFAULT_ADAPTER = "default"  # PEFT's own name for the first adapter
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`adapter` are the targets of the adapter's file, at `adapter_path`; `state` is the training state, if any is
+    """`weights` are the targets of each file with weights, by its path; `state` is the training state, if any is
     saved. `claims` and `parts` run in parallel: what this rank holds, as the saver is told and as it is copied if the
     saver grants it."""
 
     layout: Layout
-    adapter_path: str
-    adapter: tuple[Target, ...]
+    weights: Mapping[str, tuple[Target, ...]]
     state: TrainingState | None
     claims: list[Claim]
     parts: list[Part]
@@ -45,16 +46,24 @@ class Plan:
         return digest.hexdigest()
 
 
-def plan_checkpoint(model: torch.nn.Module, adapter_name: str, state_parts: Parts, *, rank: int, world: int) -> Plan:
-    """Runs no collective. Raises CheckpointError if the model has nothing that could be saved under that name, or if
+@dataclass(frozen=True)
+class Selection:
+    """Which weights of a model are saved: the adapter of that name, or all, split as `max_shard_size` says."""
+
+    adapter_name: str
+    max_shard_size: int | str
+
+
+def plan_checkpoint(model: torch.nn.Module, selection: Selection, state_parts: Parts, *, rank: int, world: int) -> Plan:
+    """Runs no collective. Raises CheckpointError if the model has nothing that could be saved as selected, or if
     some of the training state cannot be saved."""
     shards = find_shards(model)
-    adapter = plan_adapter(model, adapter_name, documents=rank == 0)
-    path = f"{adapter.subfolder}/{ADAPTER_FILE}" if adapter.subfolder else ADAPTER_FILE
-    targets = tuple(make_target(tensor.name, tensor.shard) for tensor in adapter.tensors)
-    held = [(target.name, target.shard, _writes(target.shard, rank)) for target in targets]
+    contents = _plan_weights(model, selection, documents=rank == 0)
     builder = _Builder()
-    builder.add(path, held)
+    weights = {}
+    for path, tensors in contents.files.items():
+        weights[path] = tuple(make_target(tensor.name, tensor.shard) for tensor in tensors)
+        builder.add(path, [(tensor.name, tensor.shard, _writes(tensor.shard, rank)) for tensor in tensors])
     state = None
     if state_parts:
         state = TrainingState(state_parts, shards, rank=rank, world=world)
@@ -62,8 +71,14 @@ def plan_checkpoint(model: torch.nn.Module, adapter_name: str, state_parts: Part
             *((tensor.name, tensor, tensor.writes) for tensor in state.tensors),
             *((generator.name, generator, generator.region.numel > 0) for generator in state.rng),
         ])  # fmt: skip
-    layout = Layout(tuple(builder.files), adapter.documents)
-    return Plan(layout, path, targets, state, builder.claims, builder.parts)
+    layout = Layout(tuple(builder.files), contents.documents)
+    return Plan(layout, weights, state, builder.claims, builder.parts)
+
+
+def _plan_weights(model: torch.nn.Module, selection: Selection, *, documents: bool) -> Contents:
+    if holds_adapters(model) or selection.adapter_name != DEFAULT_ADAPTER:
+        return plan_adapter(model, selection.adapter_name, documents=documents).contents
+    return plan_full_model(model, max_shard_size=selection.max_shard_size, documents=documents)
 
 
 def make_target(name: str, shard: Shard) -> Target:
@@ -99,13 +114,16 @@ def save_record(step: int, metrics: Mapping[str, Any] | None, extra: Any) -> Sav
     checkpoint_name(step)
     plain = {}
     for name, value in (metrics or {}).items():
-        # Tensors and numpy scalars of one element are what loops have at hand.
-        scalar = value.item() if hasattr(value, "item") and getattr(value, "size", None) is not None else value
+        scalar = _scalar(value)
         if not isinstance(name, str) or not isinstance(scalar, bool | int | float | str | None):
             raise CheckpointError(
                 f"metrics[{name!r}] is a {type(value).__name__}: give numbers or strings, as in {{'loss': loss.item()}}"
             )
         plain[name] = scalar
+    try:
+        msgspec.msgpack.encode(plain)
+    except (OverflowError, ValueError) as error:
+        raise CheckpointError(f"metrics cannot be stored: {error}; give 64-bit numbers and valid text") from error
     try:
         # Through JSON and back: what the caller changes afterwards is not ours.
         copied = msgspec.json.decode(msgspec.json.encode(extra))
@@ -114,3 +132,13 @@ def save_record(step: int, metrics: Mapping[str, Any] | None, extra: Any) -> Sav
             f"extra cannot be written as JSON: {error}; give dicts, lists, numbers, strings"
         ) from error
     return SaveRecord(step, plain, copied, {})
+
+
+def _scalar(value: Any) -> Any:
+    """Tensors and numpy scalars of one element are what loops have at hand; anything else comes back as it is."""
+    if hasattr(value, "item") and getattr(value, "size", None) is not None:
+        try:
+            return value.item()
+        except (RuntimeError, ValueError):  # more than one element
+            return value
+    return value

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import xxhash
 
@@ -42,6 +43,12 @@ class Part:
     path: str
     extent: Extent
     shard: Shard
+
+    @property
+    def title(self) -> str:
+        region = self.shard.region
+        whole = region.numel == self.extent.spec.numel
+        return f"tensor {self.extent.spec.name!r}" + ("" if whole else f" at {region.offsets}+{region.sizes}")
 
 
 def image_view(image: torch.Tensor, extent: Extent, dtype: torch.dtype, region: Region) -> torch.Tensor:
@@ -122,7 +129,6 @@ class Copy:
         self.started_s = time.perf_counter()
         self.copy_s = 0.0
         self.error: BaseException | None = None
-        self.replica_hashes: list[int] = []
         self.done = threading.Event()
         self.device_events: list[Any] = []  # torch.cuda.Event, recorded on the side stream after the copy
         self.batch: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None  # host copies that a thread does
@@ -134,7 +140,7 @@ class Staging:
     `overlap` True: on the CPU a worker thread copies, on CUDA a side stream, while forward and backward go on; the
     fence must then come before anything that writes to a parameter. False: `begin` returns when the copy is done.
     Buffers may change in any forward, so they are always copied before `begin` returns. `replicated` are parts that
-    other ranks hold as well: their hashes go with the report, so that the saver can tell if they differ.
+    other ranks hold as well: their hashes go into the record, so that the saver can tell if they differ.
     """
 
     def __init__(
@@ -160,7 +166,7 @@ class Staging:
         if self._streams:
             for slot in slots:
                 slot.pin()
-        self._tasks: queue.SimpleQueue[Copy | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Copy | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="async-ckpt-staging", daemon=True)
         self._thread.start()
 
@@ -206,6 +212,10 @@ class Staging:
         self._in_flight.clear()
         return time.perf_counter() - started_s
 
+    def after_copies(self, work: Callable[[], None]) -> None:
+        """Run `work` in the staging thread when every copy begun so far has ended: reports must keep their order."""
+        self._tasks.put(work)
+
     def close(self) -> None:
         self._tasks.put(None)
         self._thread.join()
@@ -222,7 +232,11 @@ class Staging:
         return event
 
     def _work(self) -> None:
-        while (copy := self._tasks.get()) is not None:
+        while (task := self._tasks.get()) is not None:
+            if not isinstance(task, Copy):
+                task()
+                continue
+            copy = task
             try:
                 self._finish(copy)
             except Exception as error:  # reported through the handle; training goes on
@@ -237,8 +251,10 @@ class Staging:
         for event in copy.device_events:
             event.synchronize()
         copy.copy_s = time.perf_counter() - copy.started_s
-        copy.replica_hashes = [_hash(part.shard.local()) for part in self._replicated]
         record = copy.make_record()
+        if self._replicated:
+            hashes = {part.title: _hash(part.shard.local()) for part in self._replicated}
+            record = msgspec.structs.replace(record or SaveRecord(copy.step, {}, None, {}), replica_hashes=hashes)
         if record is not None:
             copy.slot.paths.write_record(self._rank, record)
         copy.slot.state.mark(self._rank, Phase.STAGED, copy.step, copy.copy_s)

@@ -101,7 +101,7 @@ def test_the_image_is_the_file(run: Path, overlap: bool) -> None:
     assert copy.error is None
     assert rig.written(0) == expected
     assert rig.slots[0].state.complete_step() == 5
-    assert rig.slots[0].paths.records(1, 5) == [record(5)]
+    assert rig.slots[0].paths.records(1, 5) == [(0, record(5))]
     rig.staging.close()
 
 

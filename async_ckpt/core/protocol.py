@@ -105,7 +105,6 @@ class Staged(_Message, frozen=True):
     slot: int
     step: int
     copy_s: float
-    replica_hashes: list[int] = []  # xxh3-64 of each claim in `Granted.replicated`
 
 
 class Skipped(_Message, frozen=True):
@@ -143,7 +142,7 @@ class LayoutWanted(_Message, frozen=True):
 
 class Granted(_Message, frozen=True):
     """All ranks are here and their claims cover every byte. `owned` indexes this rank's claims, `replicated` those that
-    other ranks hold as well and whose hashes `Staged` has to give; empty unless replicas are to be verified."""
+    other ranks hold as well and whose hashes its records have to give; empty unless replicas are to be verified."""
 
     run: str
     slot_directories: list[str]
@@ -226,9 +225,11 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], payload: bytes | memoryview) 
 
 class SaveRecord(msgspec.Struct, frozen=True):
     """What a rank says of one save besides tensors; it lies beside the slot, so it survives the rank. Metrics and extra
-    count as rank 0 gives them; `documents` are small files of this save, by path."""
+    count as rank 0 gives them; `documents` are small files of this save, by path; `replica_hashes` are xxh3-64 of what
+    other ranks should hold alike, by a name of the part."""
 
     step: int
     metrics: dict[str, Any]
     extra: Any
     documents: dict[str, bytes]
+    replica_hashes: dict[str, int] = {}

@@ -30,7 +30,7 @@ import msgspec
 import xxhash
 
 from .errors import CheckpointError
-from .protocol import Layout, Options, Process, SaveRecord
+from .protocol import Layout, Options, Process, SaveRecord, Started
 
 SHM = Path("/dev/shm")
 _CELL = struct.Struct("<QqdQ")  # phase, step, copy_s, xxh64 of the three
@@ -63,7 +63,10 @@ class Peer(msgspec.Struct, frozen=True):
 
 
 class RunRecord(msgspec.Struct, frozen=True):
-    """The journal of one run: enough for a new saver to commit what is staged and to go on with the living ranks."""
+    """The journal of one run: enough for a new saver to commit what is staged and to go on with the living ranks.
+
+    `started` is what the ranks were told when all of them were ready; None until then.
+    """
 
     job: str
     options: Options
@@ -71,6 +74,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     peers: list[Peer]
     launcher: Process | None
     versions: dict[str, str]
+    started: Started | None = None
 
 
 def private_directory(path: Path) -> Path:
@@ -158,16 +162,16 @@ class SlotPaths:
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"the record {path} cannot be read: {error}") from error
 
-    def records(self, world: int, step: int) -> list[SaveRecord]:
-        """Rank 0's record of `step`, then those of the other ranks that wrote one for it.
+    def records(self, world: int, step: int) -> list[tuple[int, SaveRecord]]:
+        """Rank 0's record of `step`, then those of the other ranks that wrote one for it, each with its rank.
 
         Raises CheckpointError if rank 0's is missing, damaged, or of another step.
         """
         first = self.read_record(0)
         if first.step != step:
             raise CheckpointError(f"{self.record(0)} belongs to step {first.step}, expected {step}")
-        others = [self.read_record(rank) for rank in range(1, world) if self.record(rank).exists()]
-        return [first, *(record for record in others if record.step == step)]
+        others = [(rank, self.read_record(rank)) for rank in range(1, world) if self.record(rank).exists()]
+        return [(0, first), *((rank, record) for rank, record in others if record.step == step)]
 
     def remove(self) -> None:
         shutil.rmtree(self.image, ignore_errors=True)
@@ -182,8 +186,8 @@ def create_slots(run: Path, record: RunRecord, layout: Layout) -> list[SlotPaths
     """
     slots = [SlotPaths(run, index) for index in range(record.options.slots)]
     _require_space(layout, len(slots))
-    run.mkdir(mode=0o700)
     try:
+        run.mkdir(mode=0o700)
         for slot in slots:
             _create_image(slot.image, layout)
             StateFile.create(slot.state, record.options.world)

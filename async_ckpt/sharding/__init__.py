@@ -54,7 +54,7 @@ def _shards_of(path: str, module: nn.Module, managed: Sources) -> Iterator[Shard
         yield _unmanaged(join(path, attribute), module, attribute, parameter)
     for attribute, buffer in module._buffers.items():
         if buffer is not None and attribute not in module._non_persistent_buffers_set:
-            yield BufferShard(join(path, attribute), module, attribute, buffer)
+            yield BufferShard(join(path, attribute), module._buffers, attribute, buffer)
 
 
 def _unmanaged(name: str, module: nn.Module, attribute: str, parameter: torch.Tensor) -> Shard:

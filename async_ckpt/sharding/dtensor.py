@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,10 @@ class DTensorShard(Shard):
         self._local: Any = None
         self._view: torch.Tensor | None = None
         self._pointer = 0
+
+    @property
+    def identity(self) -> Hashable:
+        return id(self._parameter)
 
     @property
     def parameter(self) -> torch.Tensor:
@@ -116,6 +120,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def replicated_local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor that lies whole on every rank."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def replicated_zeros(parameter: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -6,7 +6,7 @@ rank holds one run of elements, or nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ _HANDLE_ATTRIBUTES = (
 )  # fmt: skip
 _FLAT_ATTRIBUTES = (
     "_fqns", "_shapes", "_param_infos", "_shared_param_infos", "_shard_param_infos", "_param_extensions",
-    "_contiguities", "_params",
+    "_contiguities", "_strides", "_params",
 )  # fmt: skip
 _FLAT_PARAMETER = "_flat_param"  # the name under which FSDP1 registers it when use_orig_params is False
 
@@ -60,6 +60,10 @@ class FlatShard(Shard):
         self._attribute = attribute
         self._view: torch.Tensor | None = None
         self._pointer = 0
+
+    @property
+    def identity(self) -> Hashable:
+        return id(self._flat), self._index
 
     @property
     def uses_orig_params(self) -> bool:
@@ -168,8 +172,19 @@ def _check_mappable(name: str, flat: Any, index: int) -> None:
             f"{name!r} is sharded by FSDP1 on top of tensor parallelism, which async_ckpt cannot map to elements of "
             "the tensor; use FSDP2 (fully_shard) with tensor parallelism"
         )
-    if not flat._contiguities[index]:
+    if not flat._contiguities[index] and not _is_row_major(flat._shapes[index], flat._strides[index]):
         raise CheckpointError(
             f"{name!r} was not contiguous when FSDP1 flattened it, so its shards are no runs of its elements; "
             "call .contiguous() on it before wrapping the model"
         )
+
+
+def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements lie in order. The stride of a dimension of size 1 says nothing, but FSDP1 minds it: OLoRA of
+    rank 1 has such tensors, which `contiguous()` does not change."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

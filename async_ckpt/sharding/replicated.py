@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+
 import torch
 from torch import nn
 
@@ -29,6 +31,10 @@ class ReplicatedShard(Shard):
         self._pointer = 0
 
     @property
+    def identity(self) -> Hashable:
+        return _place(self._parameter)
+
+    @property
     def parameter(self) -> torch.Tensor:
         return self._parameter
 
@@ -44,23 +50,30 @@ class ReplicatedShard(Shard):
 
 
 class BufferShard(Shard):
-    """A persistent buffer. Modules may bind a new tensor to it in any forward, so it is looked up at each call."""
+    """A persistent buffer, which `holder` has as `key`: a module's `_buffers`, or another dict that a module keeps.
 
-    def __init__(self, name: str, module: nn.Module, attribute: str, buffer: torch.Tensor) -> None:
+    Modules may bind a new tensor to it in any forward, so it is looked up at each call.
+    """
+
+    def __init__(self, name: str, holder: Mapping[str, torch.Tensor | None], key: str, buffer: torch.Tensor) -> None:
         shape = tuple(buffer.shape)
         super().__init__(name, shape, buffer.dtype, Region.whole(shape))
-        self._module = module
-        self._attribute = attribute
+        self._holder = holder
+        self._key = key
         self._view: torch.Tensor | None = None
         self._source: torch.Tensor | None = None
         self._pointer = 0
+
+    @property
+    def identity(self) -> Hashable:
+        return _place(self._holder.get(self._key))
 
     @property
     def is_buffer(self) -> bool:
         return True
 
     def local(self) -> torch.Tensor:
-        buffer = self._module._buffers.get(self._attribute)
+        buffer = self._holder.get(self._key)
         if buffer is None:
             raise replaced(self.name)
         if (
@@ -88,6 +101,13 @@ def checked_view(shard: Shard, local: torch.Tensor) -> torch.Tensor:
             f"{tuple(local.shape)} now; attach again after changing the model"
         )
     return local.detach()
+
+
+def _place(tensor: torch.Tensor | None) -> Hashable:
+    """Tensors are also tied by sharing their storage, without being the same object."""
+    if tensor is None or tensor.is_meta or tensor.numel() == 0 or type(tensor.detach()) is not torch.Tensor:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def replaced(name: str) -> CheckpointError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,11 @@ class Shard(ABC):
         Cheap enough to be called for every tensor at every save: the same object is returned until the storage moves.
         Valid until the next optimizer step. Raises CheckpointError if the parameter was replaced since attach.
         """
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for the names of one tied tensor, different for different tensors. It says so within one process."""
+        return id(self)
 
     @property
     def parameter(self) -> torch.Tensor | None:

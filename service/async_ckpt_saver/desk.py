@@ -4,12 +4,13 @@
                        |                      ^                         |
                        +-- refused            +---- a restarted job ----+
 
-At most one run is live. A new job may register while the ranks of the one before it are still dying; it is granted
-when they are gone.
+A new job may register while the ranks of the one before it are still dying; it is granted when they are gone. After a
+restart of the saver several runs may be found at once: one whose ranks live, and others that have only to be finished.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,10 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.protocol import FromRank, LayoutSent, LayoutWanted, Ping, Pong, Refused, Register, Resume
 from async_ckpt.core.slots import Peer, RunRecord
 
+from .coverage import Ownership
 from .image import RunImage
 from .live import LiveRun
-from .registration import Grant, Refusal, Registration, Verdict, Want
+from .registration import Complete, Grant, Refusal, Registration, Verdict, Want
 from .services import Services
 from .storage import prepare_directory
 from .watch import ProcessWatch
@@ -49,19 +51,20 @@ class Desk:
         self._registration: Registration | None = None
         self._grant: Grant | None = None
         self._refused: dict[str, _RefusedJob] = {}
-        self._live: LiveRun | None = None
+        self._runs: list[LiveRun] = []
         self._kept: LiveRun | None = None
         self._kept_since_s = 0.0
 
     @property
     def empty(self) -> bool:
-        return not (self._registration or self._live or self._kept or self._refused)
+        return not (self._registration or self._runs or self._kept or self._refused)
 
     # --- from the hub ----------------------------------------------------------------------------------------------
 
     def register(self, identity: bytes, message: Register) -> None:
-        if self._live is not None and identity in self._live.ranks:
-            self._live.grant(message.rank)
+        run = self._run_of(identity)
+        if run is not None:
+            run.grant(message.rank)
             return
         if message.job in self._refused:
             self._refuse_late(identity, self._refused[message.job], message.job)
@@ -83,9 +86,10 @@ class Desk:
 
     def withdraw(self, identity: bytes, job: str, world: int, reason: str) -> None:
         """A rank that cannot take part says so before, or instead of, being ready."""
-        if self._live is not None and self._live.image.record.job == job:
-            if not self._live.started:
-                self._abandon(self._live, reason)
+        run = self._run_of(identity)
+        if run is not None:
+            if not run.started:
+                self._abandon(run, reason)
             return
         if self._registration is not None and self._registration.job == job:
             self.refuse(reason)
@@ -93,8 +97,9 @@ class Desk:
         self._refuse_late(identity, refused, job)
 
     def receive(self, identity: bytes, message: FromRank) -> None:
-        if self._live is not None and identity in self._live.ranks:
-            self._live.receive(self._live.ranks[identity], message)
+        run = self._run_of(identity)
+        if run is not None:
+            run.receive(run.ranks[identity], message)
         elif isinstance(message, Ping):
             self._services.send(identity, Pong(incarnation=self._services.incarnation, known=True))
         elif isinstance(message, LayoutSent) and self._registration is not None:
@@ -104,32 +109,29 @@ class Desk:
 
     def knows(self, identity: bytes) -> bool:
         registering = self._registration is not None and self._registration.rank_of(identity) is not None
-        return registering or (self._live is not None and identity in self._live.ranks)
+        return registering or self._run_of(identity) is not None
 
     def process_gone(self, identity: bytes) -> None:
-        if self._live is not None and identity in self._live.ranks:
-            rank = self._live.ranks[identity]
-            if self._live.started:
-                self._live.died(rank)
+        run = self._run_of(identity)
+        if run is not None:
+            rank = run.ranks[identity]
+            if run.started:
+                run.died(rank)
             else:
-                self._abandon(self._live, f"rank {rank} died while attaching")
+                self._abandon(run, f"rank {rank} died while attaching")
         elif self._registration is not None:
-            rank_or_none = self._registration.rank_of(identity)
-            if rank_or_none is not None:
-                self.refuse(f"rank {rank_or_none} died while attaching")
+            registering = self._registration.rank_of(identity)
+            if registering is not None:
+                self.refuse(f"rank {registering} died while attaching")
 
-    def launcher_gone(self) -> None:
-        for run in (self._live, self._kept):
-            if run is not None:
+    def launcher_gone(self, run_path: Path) -> None:
+        for run in [*self._runs, *([self._kept] if self._kept is not None else [])]:
+            if run.image.path == run_path:
                 run.launcher_alive = False
 
     def adopt(self, image: RunImage) -> None:
-        """Go on with a run that an earlier saver left in shared memory."""
-        if self._live is not None:
-            image.remove()
-            return
-        live = self._install(image, None)
-        live.recover()
+        """Go on with a run that an earlier saver left in shared memory: its dead ranks are noticed like any other's."""
+        self._install(image, None).recover()
 
     def tick(self) -> None:
         """Once a second: whatever depends on time passing."""
@@ -139,9 +141,10 @@ class Desk:
             refusal = registration.expire(now_s) if self._grant is None else None
             if refusal is not None:
                 self.refuse(refusal.reason)
-            elif self._live is not None and now_s - registration.since_s > _CONFLICT_S:
-                self.refuse(f"{self.directory} is in use by another job whose ranks are alive (pids "
-                            f"{self._live.living_pids}): end it, or choose another directory")  # fmt: skip
+            elif now_s - registration.since_s > _CONFLICT_S and (others := self._other_jobs(registration)):
+                pids = [peer.process.pid for peer in others]
+                self.refuse(f"{self.directory} is in use by another job whose ranks are alive (pids {pids}): "
+                            f"end it, or choose another directory")  # fmt: skip
         if self._kept is not None:
             services = self._services
             lease_s = services.keep_image_s if self._kept.launcher_alive else services.orphan_image_s
@@ -151,6 +154,11 @@ class Desk:
             if now_s - refused.since_s > _REMEMBER_REFUSAL_S:
                 del self._refused[job]
 
+    # --- registration ----------------------------------------------------------------------------------------------
+
+    def _run_of(self, identity: bytes) -> LiveRun | None:
+        return next((run for run in self._runs if identity in run.ranks), None)
+
     def _displaces(self, identity: bytes, message: Register) -> bool:
         """Whether this is not one more rank of the registration, but somebody in its way."""
         assert self._registration is not None
@@ -158,17 +166,31 @@ class Desk:
             return True
         return self._registration.identities.get(message.rank, identity) != identity
 
-    # --- registration ----------------------------------------------------------------------------------------------
+    def _other_jobs(self, registration: Registration) -> list[Peer]:
+        """Living ranks that stand in the way and are not the registering processes themselves, attaching anew."""
+        processes = [member.process for member in registration.members.values()]
+        living = [peer for run in self._runs for peer in run.living]
+        return [] if any(peer.process in processes for peer in living) else living
 
     def _judge(self, registration: Registration, verdict: Verdict) -> None:
         if isinstance(verdict, Refusal):
             self.refuse(verdict.reason)
         elif isinstance(verdict, Want):
             self._services.send(registration.identities[verdict.rank], LayoutWanted())
+        elif isinstance(verdict, Complete):
+            self._services.spawn(self._conclude(registration))
         elif isinstance(verdict, Grant):
             self._grant = verdict
-            if self._live is None:
-                self._services.spawn(self._open(registration, verdict))
+            self._open_if_free()
+
+    async def _conclude(self, registration: Registration) -> None:
+        try:
+            verdict = await self._services.in_thread(registration.conclude)
+        except Exception as error:  # what one rank sent must not end the saver, nor leave the others waiting
+            log.exception("the registration for %s failed", self.directory)
+            verdict = Refusal(f"the registration failed: {error!r}")
+        if self._registration is registration:
+            self._judge(registration, verdict)
 
     def refuse(self, reason: str) -> None:
         """Every rank that registered is refused now, the others of the same job as they come."""
@@ -177,12 +199,14 @@ class Desk:
             return
         log.warning("refused %s: %s", self.directory, reason)
         self._registration = self._grant = None
-        untold = registration.options.world - len(registration.identities)
-        if untold > 0:
-            self._refused[registration.job] = _RefusedJob(reason, self._services.now_s(), untold)
+        self._remember_refusal(registration.job, reason, registration.options.world - len(registration.identities))
         for identity in registration.identities.values():
             self._watch.discard(identity)
             self._services.send(identity, Refused(reason=reason))
+
+    def _remember_refusal(self, job: str, reason: str, untold: int) -> None:
+        if untold > 0:
+            self._refused[job] = _RefusedJob(reason, self._services.now_s(), untold)
 
     def _refuse_late(self, identity: bytes, refused: _RefusedJob, job: str) -> None:
         self._services.send(identity, Refused(reason=refused.reason))
@@ -190,33 +214,33 @@ class Desk:
         if refused.untold <= 0:
             self._refused.pop(job, None)
 
+    def _open_if_free(self) -> None:
+        if self._registration is not None and self._grant is not None and not self._runs:
+            self._services.spawn(self._open(self._registration, self._grant))
+
     async def _open(self, registration: Registration, grant: Grant) -> None:
         """What the machine may refuse: the directory, shared memory."""
-        options, first = registration.options, registration.members[0]
-        peers = [
-            Peer(rank, registration.identities[rank], registration.members[rank].process)
-            for rank in range(options.world)
-        ]
-        files = [*(file.path for file in grant.layout.files), *grant.layout.documents]
-        record = RunRecord(registration.job, options, files, peers, first.launcher, first.versions)
+        record = _record(registration, grant)
         try:
             image, undo = await self._services.in_thread(lambda: self._prepare(record, grant))
-        except CheckpointError as error:
+        except Exception as error:
+            if not isinstance(error, CheckpointError):
+                log.exception("cannot open a run in %s", self.directory)
             if self._registration is registration:
-                self.refuse(str(error))
+                self.refuse(str(error) or repr(error))
             return
         if self._registration is not registration:  # a rank died or withdrew in the meantime
             image.remove()
             undo()
             return
         self._registration = self._grant = None
-        live = self._install(image, grant)
-        for rank in range(options.world):
-            live.grant(rank)
+        run = self._install(image, grant.ownership)
+        for rank in range(registration.options.world):
+            run.grant(rank)
 
     def _prepare(self, record: RunRecord, grant: Grant) -> tuple[RunImage, Callable[[], None]]:
         directory = Path(self.directory)
-        undo = prepare_directory(directory)
+        undo = prepare_directory(directory, self._services.root)
         try:
             sweep(directory)
             return RunImage.create(self._services.endpoint, record, grant.layout), undo
@@ -224,63 +248,89 @@ class Desk:
             undo()
             raise
 
-    # --- the live run, and what is left of it ----------------------------------------------------------------------
+    # --- live runs, and what is left of them -----------------------------------------------------------------------
 
-    def _install(self, image: RunImage, grant: Grant | None) -> LiveRun:
-        live = LiveRun(
+    def _install(self, image: RunImage, ownership: Ownership | None) -> LiveRun:
+        run = LiveRun(
             self._services,
             image,
-            grant=grant,
-            resume=self._newest,
+            ownership=ownership,
+            newest=self._newest,
             on_commit=self._drop_kept,
-            on_end=lambda: self._end(live),
+            on_end=lambda: self._end(run),
+            on_fail=lambda reason: self._abandon(run, reason),
         )
-        self._live = live
+        self._runs.append(run)
         for peer in image.record.peers:
             self._watch.add(peer.identity, peer.process)
         if image.record.launcher is not None:
             self._watch.add((self.directory, image.path), image.record.launcher)
-        return live
+        return run
 
     def _newest(self) -> Resume | None:
+        """The newest committed checkpoint, and its image if it is the one that is kept. Runs in a thread."""
         newest = max(manifest.committed(Path(self.directory)), default=None)
         if newest is None:
             return None
         step, path = newest
-        kept = self._kept.image.newest_image() if self._kept is not None else None
+        kept = None
+        if self._kept is not None:
+            with contextlib.suppress(ValueError):  # its lease ended just now: it is on disk all the same
+                kept = self._kept.image.newest_image()
         return Resume(step, str(path), str(kept[1].image) if kept is not None and kept[0] == step else None)
 
-    def _abandon(self, live: LiveRun, reason: str) -> None:
+    def _abandon(self, run: LiveRun, reason: str) -> None:
         """A granted run that did not come to start."""
-        log.warning("run %s abandoned: %s", live.image.path, reason)
-        self._live = None
-        live.tell_all(Refused(reason=reason))
-        self._discard(live)
-        live.image.remove()
+        if run not in self._runs:
+            return
+        log.warning("run %s abandoned: %s", run.image.path, reason)
+        self._runs.remove(run)
+        run.abandoned = True
+        self._remember_refusal(run.image.record.job, reason, run.image.record.options.world)
+        run.tell_all(Refused(reason=reason))
+        self._unwatch(run)
+        run.image.remove()
+        self._open_if_free()
 
-    def _end(self, live: LiveRun) -> None:
-        self._live = None
-        newest = None if live.clean else live.image.newest_image()
-        self._discard(live)
-        log.info("run %s of %s ended%s", live.image.path, self.directory, ", newest image kept" if newest else "")
-        if newest is None:
-            live.image.remove()
+    def _end(self, run: LiveRun) -> None:
+        self._runs.remove(run)
+        newest = None if run.clean else run.image.newest_image()
+        self._unwatch(run)
+        log.info("run %s of %s ended%s", run.image.path, self.directory, ", newest image kept" if newest else "")
+        if newest is None or not self._keep(run, newest[0]):
+            run.image.remove()
         else:
-            self._drop_kept()
-            live.image.keep_only(newest[1])
-            self._kept, self._kept_since_s = live, self._services.now_s()
-            if live.image.record.launcher is not None:
-                self._watch.add((self.directory, live.image.path), live.image.record.launcher)
-        if self._registration is not None and self._grant is not None:
-            self._services.spawn(self._open(self._registration, self._grant))
+            run.image.keep_only(newest[1])
+        self._open_if_free()
+
+    def _keep(self, run: LiveRun, step: int) -> bool:
+        """Whether the image of `run` takes the place of the one kept so far."""
+        kept = self._kept.image.newest_image() if self._kept is not None else None
+        if kept is not None and kept[0] > step:
+            return False
+        self._drop_kept()
+        self._kept, self._kept_since_s = run, self._services.now_s()
+        if run.launcher_alive and run.image.record.launcher is not None:
+            self._watch.add((self.directory, run.image.path), run.image.record.launcher)
+        return True
 
     def _drop_kept(self) -> None:
         if self._kept is not None:
-            self._discard(self._kept)
+            self._unwatch(self._kept)
             self._kept.image.remove()
             self._kept = None
 
-    def _discard(self, run: LiveRun) -> None:
+    def _unwatch(self, run: LiveRun) -> None:
         for identity in run.ranks:
             self._watch.discard(identity)
         self._watch.discard((self.directory, run.image.path))
+
+
+def _record(registration: Registration, grant: Grant) -> RunRecord:
+    first = registration.members[0]
+    peers = [
+        Peer(rank, registration.identities[rank], registration.members[rank].process)
+        for rank in range(registration.options.world)
+    ]
+    files = [*(file.path for file in grant.layout.files), *grant.layout.documents]
+    return RunRecord(registration.job, registration.options, files, peers, first.launcher, first.versions)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Hashable
 from pathlib import Path
 
+from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.protocol import Ack, Bye, FromRank, Pong, Refuse, Refused, Register
 
 from .desk import Desk
 from .image import RunImage
 from .services import Services
 from .watch import ProcessWatch
+from .writer import sweep
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +30,10 @@ class Hub:
 
     def adopt(self) -> None:
         """Go on with what an earlier saver on this endpoint left: commit what is complete, wait for living ranks."""
-        for image in RunImage.left_behind(self._services.endpoint):
+        images = RunImage.left_behind(self._services.endpoint)
+        for directory in {image.directory for image in images}:
+            self._sweep(directory)
+        for image in images:
             log.info("found run %s of %s", image.path, image.directory)
             desk = self._desk(image.directory)
             for peer in image.record.peers:
@@ -67,7 +73,8 @@ class Hub:
 
     def _admit(self, identity: bytes, message: Register | Refuse) -> None:
         directory, root = Path(message.options.directory), self._services.root
-        if not directory.is_absolute() or not directory.resolve().is_relative_to(root):
+        # By the names alone: symbolic links are followed when the directory is prepared, off this thread.
+        if not directory.is_absolute() or not Path(os.path.normpath(directory)).is_relative_to(root):
             reason = (f"{directory} is outside the root {root} of the saver at {self._services.endpoint}: "
                       f"choose a directory below it, or start the saver with another --root")  # fmt: skip
             self._services.send(identity, Refused(reason=reason))
@@ -84,9 +91,16 @@ class Hub:
         if isinstance(key, tuple):
             desk = self._desks.get(key[0])
             if desk is not None:
-                desk.launcher_gone()
+                desk.launcher_gone(key[1])
         elif isinstance(key, bytes) and key in self._places:
             self._places[key].process_gone(key)
+
+    def _sweep(self, directory: str) -> None:
+        """A saver that was killed may have left half a commit."""
+        try:
+            sweep(directory)
+        except CheckpointError as error:
+            log.error("%s", error)
 
     def _desk(self, directory: str) -> Desk:
         if directory not in self._desks:

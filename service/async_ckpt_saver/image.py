@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.protocol import Layout
+from async_ckpt.core.protocol import Layout, Started
 from async_ckpt.core.slots import (
     Phase,
     RunRecord,
@@ -17,8 +17,10 @@ from async_ckpt.core.slots import (
     new_run_path,
     read_journals,
     remove_run,
+    write_journal,
 )
 
+from .replicas import diverged
 from .run import Commit
 from .writer import CommitJob
 
@@ -48,15 +50,24 @@ class RunImage:
 
     @classmethod
     def left_behind(cls, endpoint: str) -> list[RunImage]:
-        """The runs of an earlier saver on this endpoint; one whose slots are damaged is removed."""
-        runs = []
+        """The runs of an earlier saver on this endpoint, oldest first. One that had not started is removed, since its
+        ranks will register again, and so is one whose slots are damaged."""
+        found = []
         for path, record in read_journals(endpoint):
             try:
                 slots = [SlotPaths(path, index) for index in range(record.options.slots)]
-                runs.append(cls(path, record, [slot for slot in slots if slot.state.exists()]))
+                if record.started is None:
+                    remove_run(path)
+                    continue
+                found.append((path.stat().st_ctime_ns, cls(path, record, [s for s in slots if s.state.exists()])))
             except (OSError, CheckpointError):
                 remove_run(path)
-        return runs
+        return [image for _, image in sorted(found, key=lambda each: each[0])]
+
+    def start(self, started: Started) -> None:
+        """Note in the journal what the ranks are about to be told."""
+        self.record = msgspec.structs.replace(self.record, started=started)
+        write_journal(self.path, self.record)
 
     @property
     def directory(self) -> str:
@@ -74,12 +85,13 @@ class RunImage:
         return sorted(cells)
 
     def commit_job(self, commit: Commit) -> CommitJob:
-        """Raises CheckpointError if rank 0's record of the step cannot be read."""
+        """Raises CheckpointError if a record of the step cannot be read, or if replicas have diverged."""
         slot = self.slots[commit.slot]
-        record, *others = slot.records(self.record.options.world, commit.step)
-        documents = dict(record.documents)
-        for other in others:
-            documents.update(other.documents)
+        records = slot.records(self.record.options.world, commit.step)
+        if self.record.options.verify_replicas and (reason := diverged(records)) is not None:
+            raise CheckpointError(reason)
+        _, record = records[0]
+        documents = {path: content for _, each in records for path, content in each.documents.items()}
         return CommitJob(
             directory=self.directory,
             step=commit.step,

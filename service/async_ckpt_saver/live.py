@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from async_ckpt.core import manifest
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.protocol import (
     Ack,
@@ -17,16 +18,18 @@ from async_ckpt.core.protocol import (
     Ping,
     Pong,
     Ready,
+    Refused,
     Resume,
     Settled,
     Skipped,
     Staged,
     Started,
 )
+from async_ckpt.core.slots import Peer
 
+from .coverage import Ownership
 from .image import RunImage
 from .recovery import commit_once
-from .registration import Grant
 from .retention import apply_policy
 from .run import Action, Commit, Run
 from .services import Services
@@ -35,34 +38,39 @@ log = logging.getLogger(__name__)
 
 
 class LiveRun:
-    """`grant` answers the registrations; None for a run that an earlier saver granted. `resume` is asked once, when all
-    ranks are ready. `on_commit` and `on_end` tell the desk; `on_end` comes once, when every rank is gone and every
-    complete step is settled."""
+    """`ownership` answers the registrations; None for a run that an earlier saver granted. `newest` is asked, in a
+    thread, when all ranks are ready. `on_commit` and `on_end` tell the desk; `on_end` comes once, when every rank is
+    gone and every complete step is settled; `on_fail` if the run cannot start."""
 
     def __init__(
         self,
         services: Services,
         image: RunImage,
         *,
-        grant: Grant | None,
-        resume: Callable[[], Resume | None],
+        ownership: Ownership | None,
+        newest: Callable[[], Resume | None],
         on_commit: Callable[[], None],
         on_end: Callable[[], None],
+        on_fail: Callable[[str], None],
     ) -> None:
         self.image = image
         self.ranks = {peer.identity: peer.rank for peer in image.record.peers}
-        self.started = False
         self.launcher_alive = image.record.launcher is not None
         self._services = services
-        self._grant = grant
-        self._resume = resume
+        self._ownership = ownership
+        self._newest = newest
         self._on_commit = on_commit
         self._on_end = on_end
+        self._on_fail = on_fail
         self._machine = Run(image.record.options.world)
-        self._start_message = Started(resume=None, newest_step=None)
         self._ready: set[int] = set()
         self._closed: set[int] = set()
         self._ended = False
+        self.abandoned = False
+
+    @property
+    def started(self) -> bool:
+        return self.image.record.started is not None
 
     @property
     def clean(self) -> bool:
@@ -70,26 +78,33 @@ class LiveRun:
         return len(self._closed) == self._machine.world
 
     @property
-    def living_pids(self) -> list[int]:
-        return [peer.process.pid for peer in self.image.record.peers if not self._machine.gone(peer.rank)]
+    def living(self) -> list[Peer]:
+        return [peer for peer in self.image.record.peers if not self._machine.gone(peer.rank)]
 
     def grant(self, rank: int) -> None:
+        """Answer a registration; one that is repeated after the run has started comes from a confused rank."""
+        if self._ownership is None:
+            self._send(rank, Refused(reason="this rank's run has started already: attach again"))
+            return
         images = [str(slot.image) for slot in self.image.slots]
-        assert self._grant is not None
-        ownership, verify = self._grant.ownership, self._grant.replicas is not None
+        verify = self.image.record.options.verify_replicas
         self._send(
             rank,
             Granted(
                 run=str(self.image.path),
                 slot_directories=images,
-                owned=ownership.owned[rank],
-                replicated=ownership.replicated[rank] if verify else [],
+                owned=self._ownership.owned[rank],
+                replicated=self._ownership.replicated[rank] if verify else [],
             ),
         )
 
     def recover(self) -> None:
-        """Take up what an earlier saver left: the journal is what the ranks had said."""
-        self.started = True
+        """Take up what an earlier saver left: the journal is what the ranks had said, the disk what it had done."""
+        for step, path in manifest.committed(Path(self.image.directory)):
+            found = manifest.read_manifest(path)
+            if found.run == self.image.path.name:
+                total_bytes = sum(file.bytes for file in found.files.values())
+                self._machine.know(Settled(step=step, slot=0, outcome="committed", path=str(path), bytes=total_bytes))
         for cell in self.image.staged_cells():
             self._perform(self._machine.report(cell.rank, cell.slot, cell.step, "staged"))
 
@@ -99,7 +114,7 @@ class LiveRun:
         elif isinstance(message, Ready):
             self._rank_ready(rank)
         elif isinstance(message, Staged):
-            self._staged(rank, message)
+            self._perform(self._machine.report(rank, message.slot, message.step, "staged"))
         elif isinstance(message, Skipped):
             self._perform(self._machine.report(rank, message.slot, message.step, "skipped", message.reason))
         elif isinstance(message, Failed):
@@ -125,30 +140,36 @@ class LiveRun:
         self._services.send(self.image.record.peers[rank].identity, message)
 
     def _answer_ping(self, rank: int, message: Ping) -> None:
-        self._send(rank, Pong(incarnation=self._services.incarnation, known=True))
+        # A rank whose lease had expired is given up for good, and has to hear so.
+        self._send(rank, Pong(incarnation=self._services.incarnation, known=not self._machine.gone(rank)))
         for step in message.unsettled:
             settled = self._machine.settled(step)
             if settled is not None:
                 self._send(rank, settled)
 
     def _rank_ready(self, rank: int) -> None:
-        self._ready.add(rank)
-        if len(self._ready) < self._machine.world:
+        started = self.image.record.started
+        if started is not None:
+            self._send(rank, started)  # said again, because the answer was lost
             return
-        if not self.started:
-            self.started = True
-            resume = self._resume()
-            self._start_message = Started(resume=resume, newest_step=resume.step if resume is not None else None)
-            log.info("run %s of %s started, %d ranks", self.image.path, self.image.directory, self._machine.world)
-        self.tell_all(self._start_message)
+        if rank not in self._ready:
+            self._ready.add(rank)
+            if len(self._ready) == self._machine.world:
+                self._services.spawn(self._start())
 
-    def _staged(self, rank: int, message: Staged) -> None:
-        check = self._grant.replicas if self._grant is not None else None
-        wrong = check.add(rank, message.step, message.replica_hashes) if check is not None else None
-        if wrong is None:
-            self._perform(self._machine.report(rank, message.slot, message.step, "staged"))
-        else:
-            self._perform(self._machine.report(rank, message.slot, message.step, "failed", wrong))
+    async def _start(self) -> None:
+        """The same newest checkpoint goes to every rank, so that all of them restore the same one."""
+        try:
+            resume = await self._services.in_thread(self._newest)
+            if self.abandoned:
+                return
+            started = Started(resume=resume, newest_step=resume.step if resume is not None else None)
+            self.image.start(started)
+        except (OSError, CheckpointError) as error:
+            self._on_fail(f"the newest checkpoint in {self.image.directory} cannot be told: {error}")
+            return
+        log.info("run %s of %s started, %d ranks", self.image.path, self.image.directory, self._machine.world)
+        self.tell_all(started)
 
     def _leave(self, rank: int, reason: str) -> None:
         self._perform(self._machine.leave(rank, reason))

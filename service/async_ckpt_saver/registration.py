@@ -11,15 +11,13 @@ from async_ckpt.core.layout import FileLayout, TensorSpec, parse_file
 from async_ckpt.core.protocol import MAX_SLOTS, MAX_WORLD, PROTOCOL, Layout, Options, Register
 
 from .coverage import Ownership, assign_owners
-from .replicas import ReplicaCheck
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """The layout of the run, who writes what, and the check of replicas if one is wanted."""
+    """The layout of the run, and who writes what."""
 
     layout: Layout
     ownership: Ownership
-    replicas: ReplicaCheck | None
 
 
 class Want(msgspec.Struct, frozen=True):
@@ -28,11 +26,15 @@ class Want(msgspec.Struct, frozen=True):
     rank: int
 
 
+class Complete(msgspec.Struct, frozen=True):
+    """Every rank is here: ask `conclude`, which takes time that grows with ranks and tensors."""
+
+
 class Refusal(msgspec.Struct, frozen=True):
     reason: str
 
 
-Verdict = Grant | Want | Refusal | None
+Verdict = Grant | Want | Complete | Refusal | None
 
 
 class Registration:
@@ -53,11 +55,11 @@ class Registration:
         self.members[message.rank] = message
         if len(self.members) < self.options.world:
             return None
-        return self._conclude()
+        return Complete()
 
     def add_layout(self, rank: int, layout: Layout) -> Verdict:
         """Why the layout of `rank` hashes differently from rank 0's."""
-        expected = self.members[0].layout
+        expected = self.members[0].layout if 0 in self.members else None
         if expected is None:
             return None
         try:
@@ -87,7 +89,8 @@ class Registration:
                         f"they must agree")  # fmt: skip
         return None
 
-    def _conclude(self) -> Verdict:
+    def conclude(self) -> Verdict:
+        """A Grant, a Refusal, or a Want. Changes nothing, so it may run in a thread."""
         layout = self.members[0].layout
         if layout is None:
             return Refusal("rank 0 registered without a layout")
@@ -100,8 +103,7 @@ class Registration:
             ownership = assign_owners(files, claims)
         except CheckpointError as error:
             return Refusal(str(error))
-        verify = self.options.verify_replicas
-        return Grant(layout, ownership, ReplicaCheck(files, claims, ownership.replicated) if verify else None)
+        return Grant(layout, ownership)
 
 
 def check_layout(layout: Layout) -> list[FileLayout]:

@@ -80,6 +80,10 @@ class Run:
     def settled(self, step: int) -> Settled | None:
         return self._settled.get(step)
 
+    def know(self, settled: Settled) -> None:
+        """A step that was settled before this machine was made."""
+        self._remember(settled)
+
     def report(self, rank: int, slot: int, step: int, report: Report, reason: str = "") -> list[Action]:
         """Rank `rank` says of `step`, which it put into `slot`, that it was staged, skipped or failed."""
         actions = self._pass_over(rank, step)

@@ -186,7 +186,11 @@ class Server:
             if self._rejected < 100:  # a broken client must not fill the log
                 log.warning("rejected a message of %d frames: %s", len(frames), error)
             return
-        self._hub.receive(identity, message)
+        try:
+            self._hub.receive(identity, message)
+        except Exception:  # one message, whatever is in it, must not end the saver for all other ranks
+            self._rejected += 1
+            log.exception("a %s could not be handled", type(message).__name__)
 
     def _send(self, identity: bytes, message: FromSaver) -> None:
         try:

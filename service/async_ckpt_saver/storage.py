@@ -11,11 +11,14 @@ from pathlib import Path
 from async_ckpt.core.errors import CheckpointError
 
 
-def prepare_directory(directory: Path) -> Callable[[], None]:
+def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
     """Make `directory`, prove that files can be made in it, and return what undoes the making.
 
-    Raises CheckpointError with the path and the reason; then nothing that was not there before is left.
+    Raises CheckpointError with the path and the reason, also if it leads out of `root` once symbolic links are
+    followed; then nothing that was not there before is left.
     """
+    if not directory.resolve().is_relative_to(root):
+        raise CheckpointError(f"{directory} leads to {directory.resolve()}, which is outside this saver's root {root}")
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
 
     def undo() -> None:

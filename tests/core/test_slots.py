@@ -133,14 +133,14 @@ def test_the_record_belongs_to_one_step(tmp_path: Path) -> None:
         paths.records(2, 3)
     saved = SaveRecord(3, {"loss": 1.5}, {"epoch": 1}, {"a.json": b"{}"})
     paths.write_record(0, saved)
-    assert paths.records(2, 3) == [saved]
+    assert paths.records(2, 3) == [(0, saved)]
     with pytest.raises(CheckpointError, match="belongs to step 3"):
         paths.records(2, 4)
     other = SaveRecord(3, {}, None, {"rank-1.json": b"1"})
     paths.write_record(1, other)
-    assert paths.records(2, 3) == [saved, other]
+    assert paths.records(2, 3) == [(0, saved), (1, other)]
     paths.write_record(1, SaveRecord(2, {}, None, {"rank-1.json": b"1"}))
-    assert paths.records(2, 3) == [saved], "an older step's record of another rank does not belong to it"
+    assert paths.records(2, 3) == [(0, saved)], "an older step's record of another rank does not belong to it"
     paths.record(0).write_bytes(b"\xc1")
     with pytest.raises(CheckpointError, match="cannot be read"):
         paths.records(2, 3)

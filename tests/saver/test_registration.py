@@ -9,7 +9,7 @@ from async_ckpt.core.layout import FileLayout, TensorSpec, plan_file
 from async_ckpt.core.protocol import PROTOCOL, Claim, ImageFile, Layout, Options, Process, Register
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
-from async_ckpt_saver.registration import Grant, Refusal, Registration, Verdict, Want, check_layout
+from async_ckpt_saver.registration import Complete, Grant, Refusal, Registration, Verdict, Want, check_layout
 
 OPTIONS = Options("/data/run", 2, 2, Policy(), 600.0)
 
@@ -48,6 +48,8 @@ def test_all_ranks_in_any_order_are_granted(order: tuple[int, int]) -> None:
     registration = Registration(OPTIONS, "job", 0.0)
     assert registration.add(b"a", register(order[0])) is None
     verdict = registration.add(b"b", register(order[1]))
+    assert verdict == Complete()
+    verdict = registration.conclude()
     assert isinstance(verdict, Grant)
     assert verdict.ownership.owned == {0: [0], 1: [0]}
 
@@ -66,7 +68,8 @@ def test_all_ranks_in_any_order_are_granted(order: tuple[int, int]) -> None:
 def test_a_rank_that_does_not_fit_refuses_all(changes: dict[str, object], expected: str) -> None:
     registration = Registration(OPTIONS, "job", 0.0)
     registration.add(b"a", register(0))
-    assert expected in reason(registration.add(b"b", register(1, **changes)))
+    verdict = registration.add(b"b", register(1, **changes))
+    assert expected in reason(registration.conclude() if verdict == Complete() else verdict)
     assert b"b" in registration.identities.values(), "the odd rank must be told as well"
 
 
@@ -86,7 +89,8 @@ def test_a_rank_that_does_not_fit_refuses_all(changes: dict[str, object], expect
 def test_a_different_layout_is_asked_for_and_the_tensor_named(other: Layout, expected: str) -> None:
     registration = Registration(OPTIONS, "job", 0.0)
     registration.add(b"a", register(0))
-    assert registration.add(b"b", register(1, layout_hash="other")) == Want(1)
+    assert registration.add(b"b", register(1, layout_hash="other")) == Complete()
+    assert registration.conclude() == Want(1)
     assert expected in reason(registration.add_layout(1, other))
 
 

@@ -1,0 +1,116 @@
+"""The tuners whose tensors PEFT does not pick from the state dict: where they lie, and which cannot be copied."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import nn
+
+from async_ckpt.core.errors import CheckpointError
+
+from .sharding import Shard
+from .sharding.names import join, walk
+from .sharding.replicated import BufferShard
+
+# Prompt learning: PEFT saves what the prompt encoder answers. For these kinds that is one of its parameters as it is.
+# Kinds are compared by name: older versions of PEFT lack some of them.
+_EMBEDDING = {"prompt_embeddings": "embedding.weight"}
+_PROMPT_SOURCES = {
+    "PROMPT_TUNING": _EMBEDDING,
+    "PREFIX_TUNING": _EMBEDDING,
+    "MULTITASK_PROMPT_TUNING": {
+        **_EMBEDDING,
+        "prefix_task_cols": "prefix_task_cols",
+        "prefix_task_rows": "prefix_task_rows",
+    },
+    "CARTRIDGE": {"prompt_embeddings": "trainable_embedding"},
+}
+
+
+def kind_of(config: Any) -> str:
+    """PEFT's name of the tuner, such as "LORA"."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def refuse_computed(peft_model: Any, config: Any, adapter_name: str) -> None:
+    """Raise CheckpointError for a tuner of which PEFT would save values that no tensor of the model holds."""
+    kind = kind_of(config)
+    prompt = f"tensor 'prompt_embeddings' of adapter {adapter_name!r} ({kind})"
+    if getattr(config, "prefix_projection", False):
+        raise CheckpointError(
+            f"{prompt} is computed by a projection when PEFT saves it, which async_ckpt cannot do; "
+            "use prefix_projection=False"
+        )
+    if kind == "CARTRIDGE" and config.num_frozen_tokens:
+        raise CheckpointError(
+            f"{prompt} is joined from two parameters when PEFT saves it, which async_ckpt cannot do; "
+            "set num_frozen_tokens=0, or save with save_pretrained"
+        )
+    if config.is_prompt_learning and kind not in _PROMPT_SOURCES:
+        raise CheckpointError(
+            f"{prompt} is computed by the prompt encoder when PEFT saves it, which async_ckpt cannot do; "
+            "use prompt tuning or prefix tuning, or save with save_pretrained"
+        )
+    if kind == "ADAPTION_PROMPT" and peft_model.base_model._active_adapter != adapter_name:
+        raise CheckpointError(
+            f"adapter {adapter_name!r} ({kind}) is not the active one, and PEFT keeps the prompts of inactive "
+            f"adapters outside of the model; call set_adapter({adapter_name!r}) before wrapping the model"
+        )
+    if kind == "ADALORA" and config.rank_pattern is not None:
+        raise _reduced_rank(f"adapter {adapter_name!r}")
+
+
+def prompt_source(config: Any, adapter_name: str, name: str) -> str | None:
+    """The parameter, below the PeftModel, that a prompt learning adapter's tensor `name` is a copy of."""
+    attribute = _PROMPT_SOURCES.get(kind_of(config), {}).get(name)
+    return f"prompt_encoder.{adapter_name}.{attribute}" if attribute else None
+
+
+def plain_attributes(tree: nn.Module, path: str) -> dict[int, Shard]:
+    """By object id, the tensors that PEFT saves although no module registers them: the indices of ShiRA.
+
+    They are chosen when the adapter is made and then stay; every rank has them whole, as it has buffers.
+    """
+    found: dict[int, Shard] = {}
+    for module_path, module in walk(tree):
+        indices = vars(module).get("shira_indices", {})
+        for key, tensor in indices.items():
+            name = join(path, join(module_path, f"shira_indices.{key}"))
+            found[id(tensor)] = BufferShard(name, indices, key, tensor)
+    return found
+
+
+def watched(shard: Shard, config: Any) -> Shard:
+    """`shard`, or one that refuses to be copied once PEFT would save other values than it holds."""
+    return _FullRankShard(shard, config) if kind_of(config) == "ADALORA" else shard
+
+
+def _reduced_rank(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} is an AdaLoRA adapter whose ranks were reduced (rank_pattern is set): PEFT then saves selected rows "
+        "of lora_A, lora_B and lora_E, which async_ckpt cannot do yet; save with save_pretrained from here on"
+    )
+
+
+class _FullRankShard(Shard):
+    """A tensor of AdaLoRA, which may be copied whole only until the first rank is reduced."""
+
+    def __init__(self, shard: Shard, config: Any) -> None:
+        super().__init__(shard.name, shard.shape, shard.dtype, shard.region)
+        self._shard = shard
+        self._config = config
+
+    @property
+    def identity(self) -> Hashable:
+        return self._shard.identity
+
+    @property
+    def is_buffer(self) -> bool:
+        return self._shard.is_buffer
+
+    def local(self) -> torch.Tensor:
+        if self._config.rank_pattern is not None:
+            raise _reduced_rank(f"{self.name!r}")
+        return self._shard.local()
