@@ -199,3 +199,17 @@ def test_exactly_one_foreach_copy_a_save(run: Path, monkeypatch: pytest.MonkeyPa
     rig.staging.begin(rig.slots[0], 5, lambda: None, lambda copy: None).done.wait(10)
     rig.staging.close()
     assert calls == ["MainThread", "async-ckpt-staging"], "one for the buffers, one for all parameters"
+
+
+def test_a_report_waits_for_the_copies_before_it(run: Path) -> None:
+    """A skip that overtook the copy of the step before would tell the saver that this step will never come."""
+    rig = Rig(run, overlap=True)
+    held = threading.Event()
+    order: list[object] = []
+    rig.staging._tasks.put(blocker(rig, held))
+    rig.staging.begin(rig.slots[0], 5, lambda: None, lambda copy: order.append(copy.step))
+    rig.staging.after_copies(lambda: order.append("skipped 6"))
+    assert order == []
+    held.set()
+    rig.staging.close()
+    assert order == [5, "skipped 6"]
