@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,10 @@ from async_ckpt.sharding.dtensor import original_class
 from async_ckpt.sharding.fsdp1 import FlatShard
 from async_ckpt.sharding.names import join, spliced, unwrap, walk
 
+from . import adalora
+from .adalora import Pattern
 from .contents import Contents, NamedTensor, check_storable
-from .special_tuners import kind_of, plain_attributes, prompt_source, refuse_computed, watched
+from .special_tuners import kind_of, plain_attributes, prompt_source, refuse_computed
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -46,11 +48,12 @@ class AdapterPlan:
     subfolder: str
     tensors: tuple[NamedTensor, ...]
     documents: dict[str, bytes]
+    version: Callable[[], object]
 
     @property
     def contents(self) -> Contents:
         path = f"{self.subfolder}/{ADAPTER_FILE}" if self.subfolder else ADAPTER_FILE
-        return Contents({path: self.tensors}, self.documents)
+        return Contents({path: self.tensors}, self.documents, self.version)
 
 
 def holds_adapters(model: nn.Module) -> bool:
@@ -73,18 +76,20 @@ def plan_adapter(model: nn.Module, adapter_name: str = "default", *, documents: 
     refuse_computed(peft_model, config, adapter_name)
     _refuse_unmappable(peft_model, config, adapter_name, shards)
     subfolder = "" if adapter_name == "default" else adapter_name
+    reduced = adalora.reduced_pattern(config, adapter_name)
     with spliced(peft_model) as tree:
         sources = _name_tensors(tree, path, config, adapter_name, shards)
-        files = _write_documents(tree, config, subfolder) if documents else {}
+        files = _write_documents(tree, config, subfolder, reduced) if documents else {}
     if not sources:
         raise CheckpointError(
             f"adapter {adapter_name!r} ({kind_of(config)}) has no tensors to save; check that its target_modules match "
             "the model's module names"
         )
-    tensors = tuple(NamedTensor(name, watched(shard, config)) for name, shard in sorted(sources.items()))
+    selection = adalora.Selection(reduced or {})
+    tensors = tuple(NamedTensor(name, selection.apply(name, shard)) for name, shard in sorted(sources.items()))
     for tensor in tensors:
         check_storable(tensor, "adapter")
-    return AdapterPlan(subfolder, tensors, files)
+    return AdapterPlan(subfolder, tensors, files, lambda: adalora.version(config))
 
 
 def _find_peft_model(model: nn.Module, adapter_name: str) -> tuple[str, Any]:
@@ -198,6 +203,8 @@ def _asked_for_names_only(config: Any) -> Iterator[None]:
     before = dict(vars(config))
     try:
         config.base_model_name_or_path = None
+        if kind_of(config) == "ADALORA":
+            config.rank_pattern = None  # all names; what is kept of them is selected afterwards
         if config.is_prompt_learning:
             config.inference_mode = True
         yield
@@ -230,13 +237,15 @@ def _vocabulary_was_resized(peft_model: Any, config: Any) -> bool:
     return bool(base.vocab_size != vocabulary)
 
 
-def _write_documents(tree: Any, config: Any, subfolder: str) -> dict[str, bytes]:
+def _write_documents(tree: Any, config: Any, subfolder: str, reduced: Pattern | None) -> dict[str, bytes]:
     """adapter_config.json and README.md as PEFT writes them into a directory that was empty."""
     config = copy.deepcopy(config)
     base = tree.get_base_model()
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = vars(base).get("name_or_path") or None
     config.inference_mode = True
+    if reduced is not None:
+        config.rank_pattern = reduced
     auto_mapping = None
     if config.task_type is None:
         base_class = original_class(base)

@@ -22,11 +22,10 @@ from async_ckpt.core.protocol import (
     Options,
     Refuse,
     Register,
-    Started,
 )
 from async_ckpt.core.retention_policy import KeepBest, Policy
 
-from .checkpointer import Checkpointer, Settings
+from .checkpointer import Checkpointer, Joined, Settings
 from .client import Client, SaverRestarted
 from .embedded import EmbeddedSaver
 from .plan import Plan, Selection, plan_checkpoint
@@ -47,7 +46,7 @@ def attach(
     *,
     directory: str | os.PathLike[str] = "checkpoints",
     saver: str | None = None,
-    adapter_name: str = "default",
+    adapter_name: str | Sequence[str] = "default",
     max_shard_size: int | str = "50GB",
     slots: int = 2,
     when_busy: Literal["wait", "skip"] = "wait",
@@ -67,13 +66,13 @@ def attach(
     every rank raises. Call it on all ranks, before or after the first forward, on the model as it is: plain, or
     wrapped by DDP, FSDP1, FSDP2 or torch.compile.
 
-    `directory`: gets `checkpoint-<step>/` and `latest`. `saver`: the endpoint of a running `async-ckpt-saver`; else
-    the environment's ASYNC_CKPT_SAVER; else one is started on this host, which ends by itself. `slots`: snapshots that
-    may be under way at once, each as large as a checkpoint, in /dev/shm. `when_busy`: what `save` does when all are.
-    `staging`: "overlap" copies while training goes on, "sync" within `save`. `keep_last`, `keep_every`,
-    `keep_best=("eval_loss", "min", 2)`: which checkpoints stay; by default all. `timeout_s`: how long any call waits
-    for other ranks, for a slot, or for storage. `max_shard_size`: how a whole model is split into files, as
-    `save_pretrained` understands it.
+    `adapter_name`: one, or several that go into one checkpoint. `directory`: gets `checkpoint-<step>/` and `latest`.
+    `saver`: the endpoint of a running `async-ckpt-saver`; else the environment's ASYNC_CKPT_SAVER; else one is started
+    on this host, which ends by itself. `slots`: snapshots that may be under way at once, each as large as a checkpoint,
+    in /dev/shm. `when_busy`: what `save` does when all are. `staging`: "overlap" copies while training goes on, "sync"
+    within `save`. `keep_last`, `keep_every`, `keep_best=("eval_loss", "min", 2)`: which checkpoints stay; by default
+    all. `timeout_s`: how long any call waits for other ranks, for a slot, or for storage. `max_shard_size`: how a whole
+    model is split into files, as `save_pretrained` understands it.
 
     `verify_replicas`: hash what several ranks hold alike (under DDP everything) at each save, and fail the save, naming
     the tensor, if ranks have diverged; on CUDA the fence then waits on the host.
@@ -90,37 +89,32 @@ def attach(
     if path in _attached:
         raise CheckpointError(f"{path} is attached already in this process: close() the earlier Checkpointer first")
     topology = discover()
-    _attempts[path] += 1
-    identity = _Identity(
-        Options(str(path), topology.world, slots, policy, float(timeout_s), verify_replicas),
-        f"{topology.job}:{_attempts[path]}",
-        topology,
-    )
-    plan = _plan(
-        lambda: plan_checkpoint(
-            model,
-            Selection(adapter_name, max_shard_size),
-            make_parts(optimizer, scheduler, scaler, stateful),
-            rank=topology.rank,
-            world=topology.world,
-        ),
-        topology,
-    )
+    names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+    options = Options(str(path), topology.world, slots, policy, float(timeout_s), verify_replicas)
     endpoint = saver or os.environ.get(_SAVER_VARIABLE)
     embedded = None if endpoint else EmbeddedSaver(path)
-    client = Client(endpoint or embedded.endpoint, embedded)  # type: ignore[union-attr]
-    try:
-        joined_staging, started = _join(client, identity, plan, overlap=staging == "overlap")
-    except BaseException:
-        client.close()
-        raise
-    assert isinstance(plan, Plan)
+
+    def make_plan() -> Plan:
+        parts = make_parts(optimizer, scheduler, scaler, stateful)
+        selection = Selection(names, max_shard_size)
+        return plan_checkpoint(model, selection, parts, rank=topology.rank, world=topology.world)
+
+    def join() -> Joined:
+        _attempts[path] += 1
+        identity = _Identity(options, f"{topology.job}:{_attempts[path]}", topology)
+        plan = _plan(make_plan, topology)
+        client = Client(endpoint or embedded.endpoint, embedded)  # type: ignore[union-attr]
+        try:
+            return _join(client, identity, plan, overlap=staging == "overlap")
+        except BaseException:
+            client.close()
+            raise
+
+    joined = join()
     where = f"the saver's log, {embedded.log_path}" if embedded is not None else f"the log of the saver at {endpoint}"
     settings = Settings(path, Path(directory).expanduser(), topology.rank, when_busy, float(timeout_s), where)
     _attached.add(path)
-    return Checkpointer(
-        model, plan, settings, joined_staging, client, started, on_close=lambda: _attached.discard(path)
-    )
+    return Checkpointer(model, settings, joined, rejoin=join, on_close=lambda: _attached.discard(path))
 
 
 @dataclass(frozen=True)
@@ -151,9 +145,7 @@ def _plan(make: Callable[[], Plan], topology: Topology) -> Plan | CheckpointErro
         return error
 
 
-def _join(
-    client: Client, identity: _Identity, plan: Plan | CheckpointError, *, overlap: bool
-) -> tuple[Staging, Started]:
+def _join(client: Client, identity: _Identity, plan: Plan | CheckpointError, *, overlap: bool) -> Joined:
     topology, timeout_s = identity.topology, identity.options.timeout_s
 
     def refuse(reason: str) -> None:
@@ -172,7 +164,7 @@ def _join(
         refuse(f"cannot map its slots: {error!r}")
         raise CheckpointError(f"rank {topology.rank} cannot map its slots in {granted.run}: {error}") from error
     try:
-        return staging, client.ready(timeout_s)
+        return Joined(plan, staging, client, client.ready(timeout_s))
     except SaverRestarted:
         staging.close()
         return _join(client, identity, plan, overlap=overlap)

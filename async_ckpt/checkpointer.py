@@ -47,6 +47,16 @@ class Settings:
     saver: str
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A run that every rank has joined."""
+
+    plan: Plan
+    staging: Staging
+    client: Client
+    started: Started
+
+
 class Checkpointer:
     """Made by `async_ckpt.attach`. Every rank calls the same methods with the same steps; none is a collective.
 
@@ -57,31 +67,25 @@ class Checkpointer:
     def __init__(
         self,
         model: torch.nn.Module,
-        plan: Plan,
         settings: Settings,
-        staging: Staging,
-        client: Client,
-        started: Started,
+        joined: Joined,
         *,
+        rejoin: Callable[[], Joined],
         on_close: Callable[[], None],
     ) -> None:
         self._model = model
-        self._plan = plan
         self._settings = settings
-        self._staging = staging
-        self._client = client
+        self._rejoin = rejoin
         self._on_close = on_close
-        self._resume = started.resume
-        self._newest_step = started.newest_step  # no later save may go below
-        self._calls = 0
+        self._resume = joined.started.resume
+        self._newest_step = joined.started.newest_step  # no later save may go below
         self._open: dict[int, SaveHandle] = {}  # step -> handle, until the saver has settled it
-        self._occupants: dict[int, SaveHandle] = {}  # slot -> the last save that went into it
         self._last: SaveHandle | None = None
         self._committed: SaveHandle | None = None
         self._lost: str | None = None
         self._closed = False
         self._stats = Stats()
-        client.listen(on_settled=self._settled, on_lost=self._on_lost)
+        self._use(joined)
         self._hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self.fence())
         self._pid = os.getpid()
         atexit.register(self._at_exit)
@@ -99,6 +103,8 @@ class Checkpointer:
         started_s = time.perf_counter()
         step = self._check_save(step)
         record = save_record(step, metrics, extra)
+        if self._plan.outdated:
+            self._renew()
         slot = self._staging.slots[self._calls % len(self._staging.slots)]
         self._calls += 1  # also when skipped: all ranks must go through the slots in step
         self._newest_step = step
@@ -181,6 +187,28 @@ class Checkpointer:
             self.close()
         else:
             self._leave()  # other ranks may never stage what is open: the saver decides, we do not wait
+
+    # --- the run it belongs to -------------------------------------------------------------------------------------
+
+    def _use(self, joined: Joined) -> None:
+        self._plan, self._staging, self._client = joined.plan, joined.staging, joined.client
+        self._calls = 0
+        self._occupants: dict[int, SaveHandle] = {}  # slot -> the last save that went into it
+        self._client.listen(on_settled=self._settled, on_lost=self._on_lost)
+
+    def _renew(self) -> None:
+        """Go on in a new run, with the layout that the model has now. The ranks' models change alike, so all of them
+        come here in the same save; it is the one kind of save in which ranks wait for each other."""
+        if self._lost is not None:
+            return
+        for handle in list(self._open.values()):
+            handle.wait_released(self._settings.timeout_s)
+        self._staging.close()
+        self._client.close()
+        try:
+            self._use(self._rejoin())
+        except CheckpointError as error:
+            self._on_lost(f"the model has changed, and the new layout was refused: {error}")
 
     # --- one save --------------------------------------------------------------------------------------------------
 

@@ -145,7 +145,9 @@ class Client:
             self._unsettled.discard(step)
 
     def close(self) -> None:
-        """Say goodbye and stop. Never raises: the saver also notices when the process ends."""
+        """Say goodbye and stop. Never raises, also if called twice: the saver notices when the process ends as well."""
+        if self._stopped:
+            return
         self._leaving = True
         if self._started and self._thread.is_alive():
             self._all_acknowledged.clear()

@@ -46,17 +46,23 @@ class OpenCheckpoint:
 
 
 def _assign(plan: Plan, tensors: Path) -> list[tuple[OpenFile, list[Target]]]:
-    """Every file with weights, and the targets that it serves; what no file holds falls to the first one.
+    """Every file with weights, and the targets that it serves; what no file of a folder holds falls to its first one.
 
     The checkpoint may be split into other files than the plan: another max_shard_size was given when it was saved.
     """
-    folder = tensors / Path(next(iter(plan.weights))).parent
-    paths = sorted(folder.glob("*.safetensors")) or [tensors / path for path in plan.weights]
-    files = [OpenFile(path) for path in paths]
-    assigned: list[tuple[OpenFile, list[Target]]] = [(file, []) for file in files]
-    number = {name: index for index, file in enumerate(files) for name in file.extents}
-    for target in (target for targets in plan.weights.values() for target in targets):
-        assigned[number.get(target.name, 0)][1].append(target)
+    folders: dict[Path, list[Target]] = {}
+    for path, targets in plan.weights.items():
+        folders.setdefault(tensors / Path(path).parent, []).extend(targets)
+    assigned = []
+    for folder, wanted in folders.items():
+        files = [OpenFile(path) for path in sorted(folder.glob("*.safetensors"))]
+        if not files:
+            raise CheckpointError(f"there is no .safetensors file in {folder}")
+        served: list[tuple[OpenFile, list[Target]]] = [(file, []) for file in files]
+        number = {name: index for index, file in enumerate(files) for name in file.extents}
+        for target in wanted:
+            served[number.get(target.name, 0)][1].append(target)
+        assigned += served
     return assigned
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from async_ckpt.core.manifest import checkpoint_name
 from async_ckpt.core.protocol import Claim, ImageFile, Layout, SaveRecord
 
 from .adapter import holds_adapters, plan_adapter
-from .contents import SAFETENSORS_DTYPE, Contents
+from .contents import SAFETENSORS_DTYPE, Contents, joined
 from .full_model import plan_full_model
 from .restore import Target
 from .sharding import Shard, find_shards
@@ -37,6 +37,13 @@ class Plan:
     state: TrainingState | None
     claims: list[Claim]
     parts: list[Part]
+    version: Callable[[], object]
+    made_for: object
+
+    @property
+    def outdated(self) -> bool:
+        """Whether other tensors would have to be written by now: AdaLoRA has given up some ranks."""
+        return self.version() != self.made_for
 
     @property
     def layout_hash(self) -> str:
@@ -48,9 +55,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which weights of a model are saved: the adapter of that name, or all, split as `max_shard_size` says."""
+    """Which weights of a model are saved: the adapters of these names, or all, split as `max_shard_size` says."""
 
-    adapter_name: str
+    adapter_names: tuple[str, ...]
     max_shard_size: int | str
 
 
@@ -72,12 +79,13 @@ def plan_checkpoint(model: torch.nn.Module, selection: Selection, state_parts: P
             *((generator.name, generator, generator.region.numel > 0) for generator in state.rng),
         ])  # fmt: skip
     layout = Layout(tuple(builder.files), contents.documents)
-    return Plan(layout, weights, state, builder.claims, builder.parts)
+    return Plan(layout, weights, state, builder.claims, builder.parts, contents.version, contents.version())
 
 
 def _plan_weights(model: torch.nn.Module, selection: Selection, *, documents: bool) -> Contents:
-    if holds_adapters(model) or selection.adapter_name != DEFAULT_ADAPTER:
-        return plan_adapter(model, selection.adapter_name, documents=documents).contents
+    if holds_adapters(model) or selection.adapter_names != (DEFAULT_ADAPTER,):
+        names = selection.adapter_names
+        return joined([plan_adapter(model, name, documents=documents).contents for name in names])
     return plan_full_model(model, max_shard_size=selection.max_shard_size, documents=documents)
 
 

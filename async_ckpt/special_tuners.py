@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
-import torch
 from torch import nn
 
 from async_ckpt.core.errors import CheckpointError
@@ -58,8 +56,6 @@ def refuse_computed(peft_model: Any, config: Any, adapter_name: str) -> None:
             f"adapter {adapter_name!r} ({kind}) is not the active one, and PEFT keeps the prompts of inactive "
             f"adapters outside of the model; call set_adapter({adapter_name!r}) before wrapping the model"
         )
-    if kind == "ADALORA" and config.rank_pattern is not None:
-        raise _reduced_rank(f"adapter {adapter_name!r}")
 
 
 def prompt_source(config: Any, adapter_name: str, name: str) -> str | None:
@@ -80,37 +76,3 @@ def plain_attributes(tree: nn.Module, path: str) -> dict[int, Shard]:
             name = join(path, join(module_path, f"shira_indices.{key}"))
             found[id(tensor)] = BufferShard(name, indices, key, tensor)
     return found
-
-
-def watched(shard: Shard, config: Any) -> Shard:
-    """`shard`, or one that refuses to be copied once PEFT would save other values than it holds."""
-    return _FullRankShard(shard, config) if kind_of(config) == "ADALORA" else shard
-
-
-def _reduced_rank(what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{what} is an AdaLoRA adapter whose ranks were reduced (rank_pattern is set): PEFT then saves selected rows "
-        "of lora_A, lora_B and lora_E, which async_ckpt cannot do yet; save with save_pretrained from here on"
-    )
-
-
-class _FullRankShard(Shard):
-    """A tensor of AdaLoRA, which may be copied whole only until the first rank is reduced."""
-
-    def __init__(self, shard: Shard, config: Any) -> None:
-        super().__init__(shard.name, shard.shape, shard.dtype, shard.region)
-        self._shard = shard
-        self._config = config
-
-    @property
-    def identity(self) -> Hashable:
-        return self._shard.identity
-
-    @property
-    def is_buffer(self) -> bool:
-        return self._shard.is_buffer
-
-    def local(self) -> torch.Tensor:
-        if self._config.rank_pattern is not None:
-            raise _reduced_rank(f"{self.name!r}")
-        return self._shard.local()

@@ -85,7 +85,9 @@ class Slot:
         """Map our own pages now: the first copy would otherwise take a page fault for each of them."""
         page = mmap.PAGESIZE
         for path, mapped in self._maps.items():
-            spans = sorted((part.extent.start, part.extent.stop) for part in parts if part.path == path)
+            base = self._images[path].data_ptr()
+            spans = sorted(_span(target, base) for part, target in zip(parts, self.targets, strict=True)
+                           if part.path == path and target.numel())  # fmt: skip
             start = stop = 0
             for begin, end in [*spans, (len(mapped) + 2 * page, 0)]:
                 if begin > stop + page:
@@ -217,6 +219,7 @@ class Staging:
         self._tasks.put(work)
 
     def close(self) -> None:
+        """Ends after the copies begun so far. Safe to call twice."""
         self._tasks.put(None)
         self._thread.join()
         for slot in self.slots:
@@ -263,6 +266,13 @@ class Staging:
 def _hash(tensor: torch.Tensor) -> int:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return xxhash.xxh3_64_intdigest(data.numpy().data)
+
+
+def _span(view: torch.Tensor, base: int) -> tuple[int, int]:
+    """The bytes [start, stop) from address `base` within which `view` lies: a rank's own part of a large tensor."""
+    start = view.data_ptr() - base
+    last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+    return start, start + (last + 1) * view.element_size()
 
 
 def _cudart() -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from async_ckpt.core.errors import CheckpointError
 
 # The only child of each of torch's wrappers: the name under which it registers the module that it wraps.
-_WRAPPED_CHILD = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+WRAPPED_CHILDREN = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -87,7 +87,7 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
     if len(children) != 1:
         return None
     ((name, child),) = children.items()
-    is_wrapper = name in _WRAPPED_CHILD or (
+    is_wrapper = name in WRAPPED_CHILDREN or (
         name == "module" and isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
     )
     return child if is_wrapper else None
