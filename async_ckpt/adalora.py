@@ -65,6 +65,10 @@ class SelectedShard(Shard):
         self._dimension = 0 if shard.region.flat else dimension
         self._index = index
 
+    @property
+    def is_settled(self) -> bool:
+        return self._shard.is_settled
+
     def local(self) -> torch.Tensor:
         local = self._shard.local()
         if self._index.device != local.device:

@@ -32,7 +32,7 @@ from async_ckpt.sharding.names import join, spliced, unwrap, walk
 from . import adalora
 from .adalora import Pattern
 from .contents import Contents, NamedTensor, check_storable
-from .special_tuners import kind_of, plain_attributes, prompt_source, refuse_computed
+from .special_tuners import instead_of, kind_of, plain_attributes, prompt_source, refuse_computed
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -169,7 +169,7 @@ def _name_tensors(
         if source is None:
             raise CheckpointError(
                 f"tensor {name!r} of adapter {adapter_name!r} ({kind_of(config)}) is computed when PEFT saves it, not "
-                "copied from a tensor of the model, which async_ckpt cannot do; save with save_pretrained"
+                f"copied from a tensor of the model, which async_ckpt cannot do; {instead_of(config)}"
             )
         sources[name] = source
     return sources

@@ -295,9 +295,11 @@ class Checkpointer:
     def _copied(self, copy: Copy) -> None:
         handle = self._open.get(copy.step)
         if copy.error is not None:
-            log.error("copying step %d failed", copy.step, exc_info=copy.error)
+            expected = isinstance(copy.error, CheckpointError)
+            if not expected:
+                log.error("copying step %d failed", copy.step, exc_info=copy.error)
             if handle is not None:
-                self._fail(copy.slot, handle, f"the copy failed: {copy.error!r}")
+                self._fail(copy.slot, handle, str(copy.error) if expected else f"the copy failed: {copy.error!r}")
             return
         if handle is not None:
             handle.copy_s = copy.copy_s

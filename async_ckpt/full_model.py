@@ -20,7 +20,6 @@ import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from async_ckpt.core.errors import CheckpointError
@@ -149,13 +148,18 @@ def _skeleton(owner: nn.Module, path: str, shards: Mapping[str, Shard]) -> _Skel
         attributes["_modules"] = {
             key: child if child is None else bare(child, join(at, key)) for key, child in module._modules.items()
         }
-        if isinstance(module, FSDPModule):  # its hook would reshard the live module
-            attributes["_state_dict_pre_hooks"] = {}
+        # Those of FSDP2 would reshard the live module.
+        hooks = {key: hook for key, hook in module._state_dict_pre_hooks.items() if not _is_of_torch(hook)}
+        attributes["_state_dict_pre_hooks"] = hooks
         vars(skeleton).update(attributes)
         copies[module] = skeleton
         return skeleton
 
     return _Skeleton(bare(owner, path), sources)
+
+
+def _is_of_torch(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def _ordered(module: nn.Module, held: Mapping[str, Shard]) -> list[str]:

@@ -75,6 +75,10 @@ class StateShard(Shard):
         held = self.source.region
         return held.numel > 0 and (self.entry.kind == "like" or not any(held.offsets))
 
+    @property
+    def is_settled(self) -> bool:
+        return self.source.is_settled
+
     def local(self) -> torch.Tensor:
         parameter = self.source.parameter
         state = self.optimizer.state.get(parameter) if parameter is not None else None

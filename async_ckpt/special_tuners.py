@@ -64,6 +64,13 @@ def prompt_source(config: Any, adapter_name: str, name: str) -> str | None:
     return f"prompt_encoder.{adapter_name}.{attribute}" if attribute else None
 
 
+def instead_of(config: Any) -> str:
+    """What to do about a tensor that PEFT computes."""
+    if getattr(config, "save_only_topk_weights", False):
+        return "use save_only_topk_weights=False"
+    return "save with save_pretrained"
+
+
 def plain_attributes(tree: nn.Module, path: str) -> dict[int, Shard]:
     """By object id, the tensors that PEFT saves although no module registers them: the indices of ShiRA.
 

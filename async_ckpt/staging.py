@@ -121,7 +121,8 @@ class Slot:
 
 
 class Copy:
-    """One snapshot on its way into a slot. `error` and `copy_s` are valid once `done` is set."""
+    """One snapshot on its way into a slot: `copied` when no parameter is read any more, `done` when the journal says
+    that it is staged. `error` and `copy_s` are valid once `done` is set."""
 
     def __init__(self, slot: Slot, step: int, make_record: MakeRecord, on_done: Callable[[Copy], None]) -> None:
         self.slot = slot
@@ -131,9 +132,13 @@ class Copy:
         self.started_s = time.perf_counter()
         self.copy_s = 0.0
         self.error: BaseException | None = None
+        self.copied = threading.Event()
         self.done = threading.Event()
         self.device_events: list[Any] = []  # torch.cuda.Event, recorded on the side stream after the copy
-        self.batch: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None  # host copies that a thread does
+        self.host: Batch | None = None  # what the staging thread copies; None: it finds that out itself
+
+
+Batch = tuple[list[torch.Tensor], list[torch.Tensor]]  # targets and sources, in parallel
 
 
 class Staging:
@@ -156,13 +161,16 @@ class Staging:
     ) -> None:
         self.slots = slots
         self._rank = rank
-        self._parts = parts
+        self._buffers = [index for index, part in enumerate(parts) if part.shard.is_buffer]
+        self._others = [index for index, part in enumerate(parts) if not part.shard.is_buffer]
+        self._shards = [part.shard for part in parts]
         self._overlap = overlap
         self._replicated = replicated
         self._in_flight: list[Copy] = []
         self._streams: dict[torch.device, Any] = {}
+        self._settled = False
         # Made now, since making a stream later may synchronise the device.
-        devices = {part.shard.local().device for part in parts}
+        devices = {shard.local().device for shard in self._shards}
         for device in sorted((device for device in devices if device.type == "cuda"), key=str):
             self._streams[device] = torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
         if self._streams:
@@ -174,29 +182,23 @@ class Staging:
 
     def begin(self, slot: Slot, step: int, make_record: MakeRecord, on_done: Callable[[Copy], None]) -> Copy:
         """Start the copy of all parts into `slot`; `on_done` is called in the staging thread when it has ended.
-        Raises CheckpointError if a parameter was replaced since attach."""
+
+        Raises CheckpointError if a tensor was replaced since attach; where the staging thread finds that out, it is
+        the copy's `error`.
+        """
         copy = Copy(slot, step, make_record, on_done)
-        self._in_flight = [earlier for earlier in self._in_flight if not earlier.done.is_set()]
-        sources = [part.shard.local() for part in self._parts]
+        self._in_flight = [earlier for earlier in self._in_flight if not earlier.copied.is_set()]
+        buffers = self._batch(slot, self._buffers)
+        others = None if self._thread_may_look() else self._batch(slot, self._others)
         slot.state.mark(self._rank, Phase.WRITING, step)
-        host: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        now: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        for part, target, source in zip(self._parts, slot.targets, sources, strict=True):
-            if source.is_cuda:
-                batch = device.setdefault(source.device, ([], []))
-            else:
-                batch = now if part.shard.is_buffer else host
-            batch[0].append(target)
-            batch[1].append(source)
-        _copy_now(now)
-        for where, batch in device.items():
-            copy.device_events.append(self._copy_on_stream(where, batch))
-        copy.batch = host
+        host = self._start_on_devices(copy, buffers, before_return=True)
+        _foreach_copy(host, non_blocking=False)
+        if others is not None:
+            copy.host = self._start_on_devices(copy, others, before_return=False)
         self._in_flight.append(copy)
         self._tasks.put(copy)
         if not self._overlap:
-            copy.done.wait()
+            copy.copied.wait()
         return copy
 
     def fence(self) -> float:
@@ -206,13 +208,43 @@ class Staging:
         """
         started_s = time.perf_counter()
         for copy in self._in_flight:
-            if copy.device_events and not (copy.batch and copy.batch[0]) and not self._replicated:
+            if copy.device_events and copy.host == ([], []) and not self._replicated:
                 for event in copy.device_events:
                     torch.cuda.current_stream(event.device).wait_event(event)
             else:
-                copy.done.wait()
+                copy.copied.wait()
         self._in_flight.clear()
         return time.perf_counter() - started_s
+
+    def _batch(self, slot: Slot, indices: Sequence[int]) -> Batch:
+        return [slot.targets[index] for index in indices], [self._shards[index].local() for index in indices]
+
+    def _thread_may_look(self) -> bool:
+        """Whether the staging thread may ask the shards where they lie: a call a tensor that `save` need not pay for.
+
+        Not on CUDA, where the copy must be queued behind the caller's work, and not before the first forward of FSDP1,
+        which moves its shards then.
+        """
+        if not self._settled:
+            self._settled = not self._streams and all(shard.is_settled for shard in self._shards)
+        return self._settled
+
+    def _start_on_devices(self, copy: Copy, batch: Batch, *, before_return: bool) -> Batch:
+        """Queue what lies on a device; returns the rest. `before_return`: what the caller queues next waits for it."""
+        if not self._streams:
+            return batch
+        host: Batch = ([], [])
+        devices: dict[torch.device, Batch] = {}
+        for target, source in zip(*batch, strict=True):
+            on = devices.setdefault(source.device, ([], [])) if source.is_cuda else host
+            on[0].append(target)
+            on[1].append(source)
+        for device, part in devices.items():
+            event = self._copy_on_stream(device, part)
+            copy.device_events.append(event)
+            if before_return:
+                torch.cuda.current_stream(device).wait_event(event)
+        return host
 
     def after_copies(self, work: Callable[[], None]) -> None:
         """Run `work` in the staging thread when every copy begun so far has ended: reports must keep their order."""
@@ -225,10 +257,10 @@ class Staging:
         for slot in self.slots:
             slot.close()
 
-    def _copy_on_stream(self, device: torch.device, batch: tuple[list[torch.Tensor], list[torch.Tensor]]) -> Any:
+    def _copy_on_stream(self, device: torch.device, batch: Batch) -> Any:
         stream = self._streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.no_grad(), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             _foreach_copy(batch, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
@@ -244,13 +276,15 @@ class Staging:
                 self._finish(copy)
             except Exception as error:  # reported through the handle; training goes on
                 copy.error = error
-            copy.copy_s = time.perf_counter() - copy.started_s
+            copy.copied.set()
             copy.done.set()
             copy.on_done(copy)
 
     def _finish(self, copy: Copy) -> None:
-        assert copy.batch is not None
-        _copy_now(copy.batch)
+        host = self._batch(copy.slot, self._others) if copy.host is None else copy.host
+        _foreach_copy(host, non_blocking=False)
+        if not self._replicated:  # else they are read once more below
+            copy.copied.set()
         for event in copy.device_events:
             event.synchronize()
         copy.copy_s = time.perf_counter() - copy.started_s
@@ -258,6 +292,7 @@ class Staging:
         if self._replicated:
             hashes = {part.title: _hash(part.shard.local()) for part in self._replicated}
             record = msgspec.structs.replace(record or SaveRecord(copy.step, {}, None, {}), replica_hashes=hashes)
+            copy.copied.set()
         if record is not None:
             copy.slot.paths.write_record(self._rank, record)
         copy.slot.state.mark(self._rank, Phase.STAGED, copy.step, copy.copy_s)
@@ -279,14 +314,10 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _copy_now(batch: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
-    with torch.no_grad():
-        _foreach_copy(batch, non_blocking=False)
-
-
-def _foreach_copy(batch: tuple[list[torch.Tensor], list[torch.Tensor]], *, non_blocking: bool) -> None:
+def _foreach_copy(batch: Batch, *, non_blocking: bool) -> None:
     """One call for all tensors: it releases the GIL throughout, where a loop of `copy_` in a thread would queue for
     it once a tensor behind a busy training thread."""
     targets, sources = batch
     if targets:
-        torch._foreach_copy_(targets, sources, non_blocking=non_blocking)
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources, non_blocking=non_blocking)

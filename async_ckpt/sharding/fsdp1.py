@@ -71,6 +71,11 @@ class FlatShard(Shard):
         return bool(self._handle._use_orig_params)
 
     @property
+    def is_settled(self) -> bool:
+        """The first forward moves the shard out of the flat parameter."""
+        return not self._handle.uses_sharded_strategy or hasattr(self._flat, "_local_shard")
+
+    @property
     def parameter(self) -> torch.Tensor:
         parameter: torch.Tensor = self._flat._params[self._index] if self.uses_orig_params else self._flat
         return parameter

@@ -49,6 +49,11 @@ class Shard(ABC):
         return state.detach()
 
     @property
+    def is_settled(self) -> bool:
+        """Whether `local()` may be called from another thread than the one that trains."""
+        return True
+
+    @property
     def is_buffer(self) -> bool:
         """True for a buffer: it may change in any forward, so it is copied before `save` returns; rank 0 writes it."""
         return False
