@@ -82,6 +82,7 @@ class Checkpointer:
         self._open: dict[int, SaveHandle] = {}  # step -> handle, until the saver has settled it
         self._last: SaveHandle | None = None
         self._committed: SaveHandle | None = None
+        self._failed: list[SaveHandle] = []  # since the last wait()
         self._lost: str | None = None
         self._closed = False
         self._stats = Stats()
@@ -157,9 +158,13 @@ class Checkpointer:
         return Restored(step, dict(description.metrics), description.extra, source, given)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Return when every save so far is committed. Raises CheckpointError for the first one that was not."""
-        for handle in list(self._open.values()):
-            handle.wait(timeout_s)
+        """Return when every save so far has its outcome. Raises CheckpointError for the first one that failed, unless
+        its handle has said so already."""
+        open_now = list(self._open.values())
+        failed, self._failed = self._failed, []
+        for handle in [*failed, *open_now]:
+            if handle in open_now or handle.failed_unnoticed:
+                handle.wait(timeout_s)
 
     def close(self) -> None:
         """Wait until everything staged is committed, then leave. Safe to call twice; never raises: what could not be
@@ -287,6 +292,8 @@ class Checkpointer:
     def _end(self, handle: SaveHandle, outcome: Literal["skipped", "failed"], reason: str) -> None:
         if handle.end(outcome, reason):
             self._stats.ended(handle)
+            if outcome == "failed":
+                self._failed.append(handle)
             log.log(logging.ERROR if outcome == "failed" else logging.WARNING,
                     "step %d was not saved (%s): %s", handle.step, outcome, reason)  # fmt: skip
 

@@ -35,6 +35,7 @@ class SaveHandle:
         self._copy: Copy | None = None
         self._final: State | None = None
         self._reason = ""
+        self._reported = False
         self._ended = threading.Event()
         self._released = threading.Event()
 
@@ -112,8 +113,14 @@ class SaveHandle:
         except ValueError:  # the slot was unmapped: the checkpointer is closed
             return False
 
+    @property
+    def failed_unnoticed(self) -> bool:
+        """The save failed, and nobody has been told by an exception."""
+        return self._final == "failed" and not self._reported
+
     def _raise_if_lost(self) -> None:
         if self._final in ("failed", "skipped"):
+            self._reported = True
             raise CheckpointError(f"step {self.step} was not saved ({self._final}): {self._reason}")
 
     def _limit_s(self, timeout_s: float | None) -> float:

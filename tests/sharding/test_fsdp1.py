@@ -295,6 +295,21 @@ CASES: dict[str, Case] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides", "expected"),
+    [
+        ((3, 4), (4, 1), True),
+        ((4, 3), (1, 4), False),
+        ((24, 1), (1, 24), True),
+        ((1, 24), (99, 1), True),
+        ((2, 3, 4, 4), (48, 1, 12, 3), False),
+        ((), (), True),
+    ],
+)
+def test_which_elements_lie_in_order(shape: tuple[int, ...], strides: tuple[int, ...], expected: bool) -> None:
+    assert fsdp1._is_row_major(shape, strides) == expected
+
+
 # Three ranks run everything: no size of the model divides by 3. One process does not shard at all.
 WORLDS = {1: ["as_llama_recipes_does", "modules_to_save_in_the_root", "flat_parameters"],
           2: ["as_llama_recipes_does", "not_sharded"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +39,10 @@ def folder(request: pytest.FixtureRequest) -> Path:
     path = home() / f"t{len(list(home().iterdir()))}"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def selected(request: pytest.FixtureRequest) -> set[Any]:
+    """The scenarios of this module that this session runs, for they run together, at the first test."""
+    here = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    return {item.callspec.params.get("scenario") for item in here if hasattr(item, "callspec")}

@@ -34,14 +34,18 @@ from typing import Any, TypeVar
 from tests.ranks import ROOT, RanksError
 
 T = TypeVar("T")
+_HOME_VARIABLE = "ASYNC_CKPT_TEST_HOME"
 _PRELOADED = ["tests.system.training"]
 _starting = threading.Lock()  # multiprocessing's table of children is not made for several threads
 
 
 @functools.cache
 def home() -> Path:
-    """The folder of everything that this test session makes; its name tells our savers and runs from anybody's."""
-    return Path(tempfile.mkdtemp(prefix="ackpt-", dir="/tmp"))
+    """The folder of everything that this test session makes; its name tells our savers and runs from anybody's.
+
+    A rank is told the one of its test.
+    """
+    return Path(os.environ.get(_HOME_VARIABLE) or tempfile.mkdtemp(prefix="ackpt-", dir="/tmp"))
 
 
 def remove_home() -> None:
@@ -55,6 +59,7 @@ def environment() -> dict[str, str]:
         **inherited,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "service")]),
         "TMPDIR": str(home()),
+        _HOME_VARIABLE: str(home()),
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
@@ -91,17 +96,29 @@ def the_saver(within: Path) -> int:
     return until(lambda: (found := savers(within)) and len(found) == 1 and found[0], f"one saver of {within}")
 
 
-def runs(within: Path | None = None) -> list[Path]:
-    """What savers of this session hold in shared memory, found by their endpoints: no journal has to be whole.
-
-    `within`: only those of savers that bind below it, as a Daemon does.
-    """
-    shared = Path(f"/dev/shm/async-ckpt-{os.getuid()}")
+def runs() -> list[Path]:
+    """What savers of this session hold in shared memory, found by their endpoints: no journal has to be whole."""
     found: list[Path] = []
-    for lock in (within or home()).rglob("*.sock.lock"):
-        endpoint = f"ipc://{str(lock).removesuffix('.lock')}"
-        found += shared.glob(f"{hashlib.sha256(endpoint.encode()).hexdigest()[:12]}-*")
+    for folder, _, names in os.walk(home()):
+        for name in names:
+            if name.endswith(".sock.lock"):
+                endpoint = f"ipc://{folder}/{name.removesuffix('.lock')}"
+                found += _shared().glob(f"{hashlib.sha256(endpoint.encode()).hexdigest()[:12]}-*")
     return found
+
+
+def runs_of(directory: Path) -> list[Path]:
+    """Those in shared memory whose journal names `directory`."""
+    found = []
+    for run in _shared().glob("*"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(directory) in (run / "run.msgpack").read_bytes():
+                found.append(run)
+    return found
+
+
+def _shared() -> Path:
+    return Path(f"/dev/shm/async-ckpt-{os.getuid()}")
 
 
 def assert_torch_free(pid: int) -> None:
@@ -193,6 +210,10 @@ class Job:
         with _starting:
             return [process.exitcode for process in self._processes]
 
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
     def kill(self, *ranks: int) -> None:
         """SIGKILL these ranks, all by default, and wait until they are gone."""
         with _starting:
@@ -262,19 +283,25 @@ def several_cases(folder: str, module: str, *names: str) -> None:
             Path(folder, "report.json").write_text(json.dumps(results))
 
 
-def run_together(scenarios: Mapping[str, Callable[[Path], None]], folder: Path, at_once: int) -> dict[str, str]:
-    """Run scenarios side by side, since most of their time is waiting for a saver to end; "" for each that passed."""
+Scenario = Callable[[Path], Mapping[str, str] | None]
 
-    def run(name: str) -> str:
+
+def run_together(scenarios: Mapping[str, Scenario], folder: Path, at_once: int) -> dict[str, str]:
+    """Run scenarios side by side, since most of their time is waiting for a saver to end; "" for each that passed.
+
+    One that answers with results of its own, as `run_cases` does, is replaced by them.
+    """
+
+    def run(name: str) -> Mapping[str, str]:
         try:
-            scenarios[name](folder / name)
+            results = scenarios[name](folder / name)
         except BaseException:
-            return traceback.format_exc()
-        return ""
+            return {name: traceback.format_exc()}
+        return {name: ""} if results is None else results
 
     _fork_server()
     with ThreadPoolExecutor(at_once) as pool:
-        return dict(zip(scenarios, pool.map(run, scenarios), strict=True))
+        return {name: failure for results in pool.map(run, scenarios) for name, failure in results.items()}
 
 
 @functools.cache

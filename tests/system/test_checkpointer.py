@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,26 @@ def a_relative_search_path_does_not_stop_the_saver(folder: Path) -> None:
         ckpt.save(1).wait()
 
 
+def wait_tells_of_a_failure_once(folder: Path) -> None:
+    """Also of one that ended before anybody waited; but not of one whose handle has raised already."""
+    model = wrapped("plain")
+    with attach(model, directory=folder, timeout_s=30) as ckpt:
+        lora = next(module for module in model.modules() if hasattr(module, "lora_A"))
+        original = lora.lora_A["default"].weight
+        for number in (1, 2):
+            lora.lora_A["default"].weight = torch.nn.Parameter(original.detach().clone())
+            handle = ckpt.save(number)
+            until(functools.partial(lambda handle: handle.state == "failed", handle), "the failure")
+            if number == 2:
+                assert "no longer the tensor" in refusal(handle.wait)
+            lora.lora_A["default"].weight = original
+            if number == 1:
+                assert "no longer the tensor" in refusal(ckpt.wait)
+            ckpt.wait()
+        assert ckpt.save(3).wait() == folder / "checkpoint-3"
+        assert ckpt.stats()["failed"] == 2
+
+
 def what_is_kept_is_what_was_asked_for(folder: Path) -> None:
     with attach(wrapped("plain"), directory=folder, timeout_s=30, keep_last=2, keep_best=("loss", "min", 1)) as ckpt:
         for number, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0]):
@@ -136,6 +157,7 @@ CASES: dict[str, Callable[[Path], None]] = {
         numbers_of_numpy_are_numbers,
         paths_are_the_ones_that_were_given,
         a_relative_search_path_does_not_stop_the_saver,
+        wait_tells_of_a_failure_once,
         what_is_kept_is_what_was_asked_for,
         the_statistics_add_up,
         a_forgotten_close_loses_nothing,

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
 import async_ckpt
-from tests.system.processes import Daemon, Job, assert_torch_free, run_together, runs, savers, the_saver, until
+from tests.system.processes import (
+    Daemon,
+    Job,
+    Scenario,
+    assert_torch_free,
+    run_together,
+    runs_of,
+    savers,
+    the_saver,
+    until,
+)
 from tests.system.training import (
     Checkpointer,
     adamw,
@@ -266,8 +276,8 @@ def daemon_and_ranks_then_a_new_daemon(folder: Path) -> None:
     with Daemon(folder / "d", folder, "--keep-image-s", "1") as second:
         committed(folder, 2)
         assert_torch_free(second.process.pid)
-        assert len(runs(folder)) == 1
-        until(lambda: not runs(folder), "the dead job's last image is dropped", 30.0)
+        assert len(runs_of(folder / "run")) == 1
+        until(lambda: not runs_of(folder / "run"), "the dead job's last image is dropped", 30.0)
     only(folder, 1, 2)
 
 
@@ -288,8 +298,6 @@ def counting_adamw(model: torch.nn.Module, **options: bool) -> torch.optim.AdamW
 
 
 def distinct_values(path: Path) -> set[float]:
-    import safetensors.torch
-
     tensors = safetensors.torch.load_file(path / "adapter_model.safetensors")
     assert len(tensors) > 0
     return {bound for tensor in tensors.values() for bound in (tensor.min().item(), tensor.max().item())}
@@ -341,7 +349,7 @@ def without_the_fence_something_is_torn(folder: Path) -> None:
         job.wait()
 
 
-SCENARIOS: dict[str, Callable[[Path], None]] = {
+SCENARIOS: dict[str, Scenario] = {
     "all_ranks_after_staged-fsdp2": lambda folder: all_ranks_after_staged(folder, "fsdp2"),
     "all_ranks_after_staged-fsdp1": lambda folder: all_ranks_after_staged(folder, "fsdp1"),
     **{
@@ -366,8 +374,9 @@ def results() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_kills(results: dict[str, str], folder: Path, scenario: str) -> None:
+def test_kills(results: dict[str, str], selected: set[str], folder: Path, scenario: str) -> None:
     if not results:
-        results.update(run_together(SCENARIOS, folder, at_once=5))
+        chosen = {name: SCENARIOS[name] for name in SCENARIOS if name in selected}
+        results.update(run_together(chosen, folder, at_once=5))
     if results[scenario]:
         pytest.fail(results[scenario], pytrace=False)

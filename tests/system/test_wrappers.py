@@ -114,9 +114,8 @@ def collectives_would_be_seen(folder: Path) -> None:
         before = collectives()
         step(model, optimizer)
         assert collectives() > before, kind
-        with pytest.raises(AssertionError):
-            with silent():
-                step(model, optimizer)
+        with pytest.raises(AssertionError), silent():
+            step(model, optimizer)
         optimizer.zero_grad()
     calls: list[Callable[[], object]] = [
         dist.barrier,
@@ -152,7 +151,9 @@ CASES = dict(_cases())
 _ONE = [f"{kind}-{attached}" for kind in ("plain", "fsdp2", "fsdp1") for attached in ATTACHED]
 # modules_to_save under flat parameters is refused: tests/sharding/test_fsdp1.py
 _SHARDED = [name for name in CASES if not name.startswith(("plain", "fsdp1_flat-whole"))]
-WORLDS = {1: [*_ONE, "plain-whole-modules"], 2: _SHARDED, 3: _SHARDED}
+# Three ranks run everything: no size of the model divides by 3, and with r=1 two of them hold nothing.
+_TWO = [name for name in _SHARDED if not name.endswith(("-forward", "whole-modules"))]
+WORLDS = {1: [*_ONE, "plain-whole-modules"], 2: _TWO, 3: _SHARDED}
 
 
 @pytest.fixture(scope="module")

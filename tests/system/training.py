@@ -16,7 +16,7 @@ import xxhash
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from async_ckpt import CheckpointError, Checkpointer, attach
+from async_ckpt import Checkpointer, CheckpointError, attach
 from tests.sharding import test_dtensor, test_fsdp1
 from tests.tiny_llama import difference, forward, no_collectives, normal, peft_model, rank, reference
 
@@ -130,8 +130,7 @@ def check_checkpoint(path: Path, expected: Mapping[str, bytes], step: int) -> di
     assert manifest["format"] == 1
     assert manifest["step"] == step
     assert manifest["files"] == {
-        name: {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-        for name, content in files.items()
+        name: {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)} for name, content in files.items()
     }
     tensors = safetensors.torch.load(files[ADAPTER])
     assert len(tensors) > 0
