@@ -14,16 +14,19 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-all lint clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## train on two ranks, kill them, go on from RAM: about 2 minutes on 2 cores
 	@$(BIN)/python examples/demo.py
 
-test: lint ## lint, then all tests; PYTEST_ARGS='-k name' chooses
+test: lint ## lint, then the tests; PYTEST_ARGS='-k name' chooses
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: lint ## all tests, the slow ones too: every tuner under every wrapper
+	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy --strict
 	@$(BIN)/ruff check --quiet
@@ -51,7 +54,7 @@ define make_venv
 	done; \
 	if [ "$$python" = none ]; then \
 		echo "async_ckpt: needs Python 3.10 or newer, and $(or $(PYTHON),python3) is $$( \
-			$(or $(PYTHON),python3) --version 2>&1 || true): name one with make PYTHON=..." >&2; exit 1; \
+			$(or $(PYTHON),python3) --version 2>/dev/null || echo missing): name one with make PYTHON=..." >&2; exit 1; \
 	fi; \
 	echo "async_ckpt: making .venv with $$("$$python" --version) (once, about 2 minutes)"; \
 	mkdir -p .venv; touch .venv/.making; \

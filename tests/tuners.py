@@ -34,7 +34,7 @@ class TunerCase:
     """One adapter on one tiny model.
 
     `extend` is applied to the PeftModel when it was made. `refused` holds under every wrapper. `inputs` are what the
-    forward takes besides tokens.
+    forward takes besides tokens; it may change buffers that are saved, at random (`changes_in_forward`).
     """
 
     name: str
@@ -45,13 +45,17 @@ class TunerCase:
     adapter_name: str = "default"
     inputs: Mapping[str, Any] = field(default_factory=dict)
     refused: Refusal | None = None
+    changes_in_forward: bool = False
 
-    def build(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The same model with the same values each time, on every rank."""
-        model = models.adapted(self.base(dtype), self.make_config())
+    def build(self, dtype: torch.dtype = torch.float32, *, whole: bool = False) -> Any:
+        """The same model with the same values each time, on every rank; with `whole` all of it is converted."""
+        with models.clustering():
+            model = models.adapted(self.base(dtype), self.make_config())
         if self.extend is not None:
             torch.manual_seed(11)
             self.extend(model)
+        if whole:
+            model.to(dtype)
         models.randomise(model)
         return model
 
@@ -59,14 +63,13 @@ class TunerCase:
 CASES: dict[str, TunerCase] = {}
 
 ATTENTION = ["q_proj", "v_proj"]
-SQUARE = ["q_proj", "o_proj"]
-PROMPT = "tensor 'prompt_embeddings'"
+OWN_FIELDS = ("extend", "adapter_name", "inputs", "refused", "changes_in_forward")
 ASK_PEFT = "save with save_pretrained"
 
 
 def _add(name: str, kind: PeftType, config_class: Any, /, base: BaseModel = models.llama, **options: Any) -> None:
     """`options` are the case's own fields, and else the configuration's."""
-    own = {key: options.pop(key) for key in ("extend", "adapter_name", "inputs", "refused") if key in options}
+    own = {key: options.pop(key) for key in OWN_FIELDS if key in options}
     if base is not models.conv_net:
         options.setdefault("task_type", "CAUSAL_LM")
     assert name not in CASES
@@ -96,10 +99,30 @@ def _add_second(model: Any) -> None:
     model.add_adapter("second", lora(target_modules=["k_proj"], modules_to_save=["lm_head"]))
 
 
+def _add_second_prompt(model: Any) -> None:
+    model.add_adapter("second", peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"))
+
+
 def _mix_dtypes(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(torch.float32 if ".lora_A." in name else torch.bfloat16)
+    """The adapter of the first layer in another dtype. Within a layer FSDP2 allows one trained dtype only."""
+    other = torch.float32 if model.dtype == torch.bfloat16 else torch.bfloat16
+    for name, module in model.named_modules():
+        if ".layers.0." in name and name.endswith((".lora_A", ".lora_B")):
+            module.to(other)
+
+
+def _reduce_ranks(model: Any) -> None:
+    """As AdaLoRA's allocator does it: one module loses all ranks, one keeps them, the others lose some."""
+    names = [name for name, _ in model.named_parameters() if ".lora_E." in name]
+    ranks = range(model.peft_config["default"].init_r)
+    kept = {name.removeprefix("base_model.model."): [index % 3 != 0 for index in ranks] for name in names}
+    first, second, *_ = kept
+    kept[first], kept[second] = [True for _ in ranks], [False for _ in ranks]
+    model.peft_config["default"].rank_pattern = kept
+
+
+def _xlora(**options: Any) -> Any:
+    return peft.XLoraConfig(adapters=models.experts(), **options)
 
 
 _lora("lora")
@@ -137,12 +160,22 @@ _lora("lora, mixed dtypes", extend=_mix_dtypes)
 _lora("lora, frozen", extend=lambda model: model.requires_grad_(False))
 _lora("lora, aLoRA", alora_invocation_tokens=[3, 4])
 
+_lora("lora, KaSA", kasa_config=peft.KasaConfig())
+_lora("lora, MonteCLoRA", r=2, monteclora_config=peft.MontecloraConfig(num_samples=2), changes_in_forward=True)
+_lora("lora, BD-LoRA", r=2, target_modules=["q_proj", "o_proj"],
+      use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2),
+)  # fmt: skip
+_lora("lora, VeLoRA", velora_config=peft.VeloraConfig(num_groups=4), changes_in_forward=True)
+_lora("lora, attention of torch", models.torch_attention, target_modules=["attention", "table"], task_type=None)
+_lora("lora, sequence classification", models.classifier, task_type="SEQ_CLS")
+
 _tuner("ADALORA", total_step=9, init_lora_weights=False)
-_tuner("ADALORA", "after a rank was reduced", total_step=9, init_lora_weights=False,
-       extend=lambda model: setattr(model.peft_config["default"], "rank_pattern", {"q_proj": [True]}),
-       refused=Refusal("ranks were reduced", "save with save_pretrained from here on"))  # fmt: skip
+_tuner("ADALORA", "ranks reduced", total_step=9, init_lora_weights=False, extend=_reduce_ranks)
 _tuner("ADAMSS", r=6, num_subspaces=2)
 _add("adaption_prompt", PeftType.ADAPTION_PROMPT, peft.AdaptionPromptConfig, adapter_len=3, adapter_layers=2)
+_add("adaption_prompt, not the active one", PeftType.ADAPTION_PROMPT, peft.AdaptionPromptConfig,
+     adapter_len=3, adapter_layers=2, extend=_add_second_prompt, adapter_name="second",
+     refused=Refusal("is not the active one", "call set_adapter('second') before wrapping"))  # fmt: skip
 _tuner("BEFT")
 _tuner("BOFT", boft_block_size=4, init_weights=False)
 _tuner("BOFT", "convolutions", ["second"], base=models.conv_net, boft_block_size=3)
@@ -161,6 +194,7 @@ _tuner("GRALORA", r=4)
 _tuner("HIRA", r=3)
 _tuner("HRA", r=4)
 _tuner("IA3", feedforward_modules=[])
+_tuner("IA3", "modules_to_save lm_head", feedforward_modules=[], modules_to_save=["lm_head"])
 _tuner("IA3", "feed-forward", ["k_proj", "down_proj"], feedforward_modules=["down_proj"])
 _tuner("LILY", r=3)
 _add("ln_tuning", PeftType.LN_TUNING, peft.LNTuningConfig)
@@ -175,6 +209,8 @@ _tuner("PEANUT", r=3, depth=1)
 _tuner("POLY", r=4, n_tasks=3, n_skills=2, inputs={"task_ids": torch.tensor([1])})
 _prompt("MULTITASK_PROMPT_TUNING", num_tasks=3, num_ranks=2, inputs={"task_ids": torch.tensor([1])})
 _prompt("PROMPT_TUNING")
+_prompt("PROMPT_TUNING", "encoder and decoder", base=models.encoder_decoder, task_type="SEQ_2_SEQ_LM",
+        inputs={"labels": torch.tensor([[1, 2]])})  # fmt: skip
 _prompt("PREFIX_TUNING")
 _prompt("PREFIX_TUNING", "prefix_projection", prefix_projection=True, encoder_hidden_size=8,
         refused=Refusal("computed by a projection when PEFT saves it", "use prefix_projection=False"))  # fmt: skip
@@ -199,7 +235,16 @@ _tuner("UNILORA", theta_d_length=16)
 _tuner("UNILORA", "save_indices", theta_d_length=16, save_indices=True)
 _tuner("VBLORA", r=2, num_vectors=5, topk=2, vector_length=8)
 _tuner("VBLORA", "save_only_topk_weights", r=2, num_vectors=5, topk=2, vector_length=8, save_only_topk_weights=True,
-       refused=Refusal("computed when PEFT saves it, not copied from a tensor of the model", ASK_PEFT))  # fmt: skip
+       refused=Refusal("computed when PEFT saves it, not copied from a tensor of the model",
+                       "use save_only_topk_weights=False"))  # fmt: skip
 _tuner("VERA", r=3)
 _tuner("VERA", "save_projection=False", r=3, save_projection=False)
 _tuner("WAVEFT", n_frequency=20)
+_add("xlora", PeftType.XLORA, _xlora, models.llama_without_cache, hidden_size=24, xlora_depth=2, xlora_size=8)
+
+
+if __name__ == "__main__":
+    from tests.tuner_table import PATH, table
+
+    PATH.write_text(table())
+    print(f"wrote {PATH}")
