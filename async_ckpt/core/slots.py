@@ -15,6 +15,7 @@ unrelated process exits.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import mmap
@@ -37,6 +38,7 @@ _CELL = struct.Struct("<QqdQ")  # phase, step, copy_s, xxh64 of the three
 _CELL_BYTES = 64  # a cache line a rank: neighbours do not slow each other down
 _HEADER = struct.Struct("<8sQ")
 _MAGIC = b"ackptst1"
+_RACES = 100  # tries against savers that end just now
 
 
 class Phase(enum.IntEnum):
@@ -79,14 +81,22 @@ class RunRecord(msgspec.Struct, frozen=True):
 
 def private_directory(path: Path) -> Path:
     """Make `path` a directory that only this user can enter. Raises CheckpointError if it is someone else's."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.lstat()
+    info = _made(path)
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise CheckpointError(
             f"{path} must be a directory of uid {os.getuid()} with mode 0700, but it has uid {info.st_uid} and mode "
             f"{stat.filemode(info.st_mode)}; remove it and try again"
         )
     return path
+
+
+def _made(path: Path) -> os.stat_result:
+    """Another saver that ends removes the directory it shares with us when that is empty: then it is made again."""
+    for _ in range(_RACES):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return path.lstat()
+    raise CheckpointError(f"{path} cannot be made: somebody removes it again and again")
 
 
 def shm_root() -> Path:
@@ -187,7 +197,7 @@ def create_slots(run: Path, record: RunRecord, layout: Layout) -> list[SlotPaths
     slots = [SlotPaths(run, index) for index in range(record.options.slots)]
     _require_space(layout, len(slots))
     try:
-        run.mkdir(mode=0o700)
+        _make_run(run)
         for slot in slots:
             _create_image(slot.image, layout)
             StateFile.create(slot.state, record.options.world)
@@ -196,6 +206,15 @@ def create_slots(run: Path, record: RunRecord, layout: Layout) -> list[SlotPaths
         shutil.rmtree(run, ignore_errors=True)
         raise CheckpointError(f"cannot prepare the slots in {run}: {error}") from error
     return slots
+
+
+def _make_run(run: Path) -> None:
+    for _ in range(_RACES):
+        private_directory(run.parent)
+        with contextlib.suppress(FileNotFoundError):
+            run.mkdir(mode=0o700)
+            return
+    raise CheckpointError(f"{run} cannot be made: somebody removes {run.parent} again and again")
 
 
 def image_bytes(layout: Layout) -> int:
