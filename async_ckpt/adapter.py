@@ -35,6 +35,7 @@ from .contents import Contents, NamedTensor, check_storable
 from .special_tuners import instead_of, kind_of, plain_attributes, prompt_source, refuse_computed
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ class AdapterPlan:
     tensors: tuple[NamedTensor, ...]
     documents: dict[str, bytes]
     version: Callable[[], object]
+    base_model: str | None
 
     @property
     def contents(self) -> Contents:
-        path = f"{self.subfolder}/{ADAPTER_FILE}" if self.subfolder else ADAPTER_FILE
-        return Contents({path: self.tensors}, self.documents, self.version)
+        folder = f"{self.subfolder}/" if self.subfolder else ""
+        bases = {f"{folder}{CONFIG_FILE}": self.base_model} if self.base_model else {}
+        return Contents({f"{folder}{ADAPTER_FILE}": self.tensors}, self.documents, self.version, bases)
 
 
 def holds_adapters(model: nn.Module) -> bool:
@@ -89,7 +92,8 @@ def plan_adapter(model: nn.Module, adapter_name: str = "default", *, documents: 
     tensors = tuple(NamedTensor(name, selection.apply(name, shard)) for name, shard in sorted(sources.items()))
     for tensor in tensors:
         check_storable(tensor, "adapter")
-    return AdapterPlan(subfolder, tensors, files, lambda: adalora.version(config))
+    base_model = _base_model(peft_model, config)
+    return AdapterPlan(subfolder, tensors, files, lambda: adalora.version(config), base_model)
 
 
 def _find_peft_model(model: nn.Module, adapter_name: str) -> tuple[str, Any]:
@@ -237,12 +241,18 @@ def _vocabulary_was_resized(peft_model: Any, config: Any) -> bool:
     return bool(base.vocab_size != vocabulary)
 
 
+def _base_model(peft_model: Any, config: Any) -> str | None:
+    """As PEFT fills it in: what the configuration says, else where the base model was loaded from."""
+    if config.base_model_name_or_path is not None:
+        return str(config.base_model_name_or_path)
+    return vars(unwrap(peft_model.get_base_model())).get("name_or_path") or None
+
+
 def _write_documents(tree: Any, config: Any, subfolder: str, reduced: Pattern | None) -> dict[str, bytes]:
     """adapter_config.json and README.md as PEFT writes them into a directory that was empty."""
     config = copy.deepcopy(config)
     base = tree.get_base_model()
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = vars(base).get("name_or_path") or None
+    config.base_model_name_or_path = _base_model(tree, config)
     config.inference_mode = True
     if reduced is not None:
         config.rank_pattern = reduced

@@ -19,7 +19,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.manifest import checkpoint_name, read_manifest
+from async_ckpt.core.manifest import FORMAT, MANIFEST_NAME, Manifest, checkpoint_name, parse_step, read_manifest
 from async_ckpt.core.protocol import Failed, SaveRecord, Settled, Skipped, Staged, Started
 
 from .client import Client
@@ -129,8 +129,9 @@ class Checkpointer:
     def restore(self, checkpoint: str | int | os.PathLike[str] = "latest") -> Restored | None:
         """Load a checkpoint into the model, each rank its own part; None if there is none yet.
 
-        "latest": the newest committed one, the same on every rank. Else a step, or the path of a checkpoint. Bytes
-        come from RAM where the saver still holds them, else from disk.
+        "latest": the newest committed one, the same on every rank. Else a step, or the path of a checkpoint; also of
+        one that PEFT or transformers wrote, whose step is that of its name, "checkpoint-<step>", or else -1: training
+        begins at 0. Bytes come from RAM where the saver still holds them, else from disk.
         Raises CheckpointError listing the differences if it does not fit the model, which is left as it was.
         """
         if self._closed:
@@ -139,7 +140,7 @@ class Checkpointer:
         if found is None:
             return None
         path, image = found
-        description = read_manifest(path)
+        description = _describe(path)
         self.fence()
         reshard(self._model)
         source: Literal["ram", "disk"] = "disk"
@@ -152,9 +153,10 @@ class Checkpointer:
                 log.warning("the image in RAM cannot be used (%s); reading %s", error, path)
         if source == "disk":
             OpenCheckpoint(self._plan, path, path).read()
-        step = description.step
-        self._newest_step = step if self._newest_step is None else max(step, self._newest_step)
-        given = self._settings.given / path.name if path.parent == self._settings.directory else path
+        step, given = description.step, path
+        if path.parent.resolve() == self._settings.directory:
+            self._newest_step = step if self._newest_step is None else max(step, self._newest_step)
+            given = self._settings.given / path.name
         return Restored(step, dict(description.metrics), description.extra, source, given)
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -383,3 +385,11 @@ class Checkpointer:
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:
             self._leave()
+
+
+def _describe(path: Path) -> Manifest:
+    """The manifest, or what stands for it where another program wrote the checkpoint."""
+    if (path / MANIFEST_NAME).exists() or not any(path.glob("*.safetensors")):
+        return read_manifest(path)
+    step = parse_step(path.name)
+    return Manifest(format=FORMAT, step=-1 if step is None else step, metrics={}, extra=None, files={})

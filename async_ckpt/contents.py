@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -48,18 +48,21 @@ class NamedTensor:
 class Contents:
     """Paths are relative to the checkpoint directory. `files` are safetensors files that each save fills anew;
     `documents` are the same in every save, and empty on ranks that do not have to write them. What `version` returns
-    changes when other tensors or documents would have to be written than these."""
+    changes when other tensors or documents would have to be written than these. `base_models` says, by the path of an
+    adapter's configuration, which model it was trained on."""
 
     files: Mapping[str, tuple[NamedTensor, ...]]
     documents: dict[str, bytes]
     version: Callable[[], object] = lambda: None
+    base_models: Mapping[str, str] = field(default_factory=dict)
 
 
 def joined(several: Sequence[Contents]) -> Contents:
     """One checkpoint that holds all of them. What two of them have to say of one document is the same."""
     files = {path: tensors for contents in several for path, tensors in contents.files.items()}
     documents = {path: content for contents in reversed(several) for path, content in contents.documents.items()}
-    return Contents(files, documents, lambda: [contents.version() for contents in several])
+    bases = {path: name for contents in several for path, name in contents.base_models.items()}
+    return Contents(files, documents, lambda: [contents.version() for contents in several], bases)
 
 
 def check_storable(tensor: NamedTensor, owner: str) -> None:

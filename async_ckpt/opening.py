@@ -27,7 +27,8 @@ class OpenCheckpoint:
 
     def __init__(self, plan: Plan, documents: Path, tensors: Path) -> None:
         self._weights = _assign(plan, tensors)
-        differences = [line for file, targets in self._weights for line in file.differences(targets)]
+        differences = _other_bases(plan, documents)
+        differences += [line for file, targets in self._weights for line in file.differences(targets)]
         self._state: _OpenState | None = None
         if plan.state is not None:
             if (documents / DOCUMENT).exists():
@@ -43,6 +44,21 @@ class OpenCheckpoint:
             file.read_into(targets)
         if self._state is not None:
             self._state.read()
+
+
+def _other_bases(plan: Plan, documents: Path) -> list[str]:
+    """Adapters of another base model, by the last part of its name: one model lies in many places."""
+    found = []
+    for name, here in plan.base_models.items():
+        if (documents / name).exists():
+            there = _read_document(documents / name).get("base_model_name_or_path")
+            if there and _last_part(there) != _last_part(here):
+                found.append(f"the adapter in the checkpoint was trained on {there!r}, this one is on {here!r}")
+    return found
+
+
+def _last_part(name: str) -> str:
+    return Path(str(name).rstrip("/")).name
 
 
 def _assign(plan: Plan, tensors: Path) -> list[tuple[OpenFile, list[Target]]]:

@@ -39,6 +39,7 @@ class Plan:
     parts: list[Part]
     version: Callable[[], object]
     made_for: object
+    base_models: Mapping[str, str]
 
     @property
     def outdated(self) -> bool:
@@ -79,7 +80,8 @@ def plan_checkpoint(model: torch.nn.Module, selection: Selection, state_parts: P
             *((generator.name, generator, generator.region.numel > 0) for generator in state.rng),
         ])  # fmt: skip
     layout = Layout(tuple(builder.files), contents.documents)
-    return Plan(layout, weights, state, builder.claims, builder.parts, contents.version, contents.version())
+    return Plan(layout, weights, state, builder.claims, builder.parts, contents.version, contents.version(),
+                contents.base_models)  # fmt: skip
 
 
 def _plan_weights(model: torch.nn.Module, selection: Selection, *, documents: bool) -> Contents:

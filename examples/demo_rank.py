@@ -9,6 +9,7 @@ import filecmp
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ MARK = "@demo "
 ADAPTER = "adapter_model.safetensors"
 REPEATS = 3
 RANK = int(os.environ["RANK"])
+KILL_STEP = int(os.environ["DEMO_KILL_STEP"]) if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None
 
 
 def tell(event: str, **values: Any) -> None:
@@ -49,6 +51,8 @@ class Watched:
         return resumed
 
     def save(self, step: int, **values: Any) -> async_ckpt.SaveHandle:
+        if self._handles and self._handles[-1].step == KILL_STEP:
+            signal.pause()  # the kill is on its way, however quick a step is here
         handle = self._checkpointer.save(step, **values)
         tell("saved", step=step, loss=values["metrics"]["loss"])
         self._handles.append(handle)

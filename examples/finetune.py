@@ -1,6 +1,7 @@
 """Fine-tune a LoRA adapter of SmolLM2-135M under FSDP2; a checkpoint costs the training milliseconds.
 
     python examples/prepare_model.py                                           # once: the model, offline
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # else restarted ranks may meet in a store with stale addresses
     torchrun --standalone --nproc-per-node 2 --max-restarts 1 examples/finetune.py [directory]
 
 The adapter learns the Zen of Python by heart, which 20 steps on two CPU cores are enough for. Kill the ranks whenever

@@ -1,4 +1,4 @@
-"""Continue a prompt without and with a checkpoint's adapter, which is all that PEFT itself wrote would give.
+"""Continue a prompt with the base model and with a checkpoint's adapter; it needs PEFT, not async_ckpt.
 
 python examples/generate.py runs/zen/latest ["The beginning of a sentence"]
 """

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-MODEL = Path(__file__).resolve().parent.parent / ".cache" / "smollm2-135m"
+MODEL = Path(os.environ.get("FINETUNE_MODEL") or Path(__file__).resolve().parent.parent / ".cache" / "smollm2-135m")
 
 
 def gguf_path() -> Path:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.plain import from_plain, to_plain
@@ -132,3 +133,20 @@ def test_torchs_schedulers_go_on_where_they_were(make: Any) -> None:
     resumed.load_state_dict(from_plain(saved))
     assert rates(resumed, other, 5) == expected
     assert len(expected) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchs_stateful_loader_goes_on_where_it_was(workers: int) -> None:
+    def loader() -> Any:
+        return StatefulDataLoader(list(range(40)), batch_size=4, shuffle=True, num_workers=workers)
+
+    before = loader()
+    iterator = iter(before)
+    for _ in range(3):
+        next(iterator)
+    saved = json.loads(json.dumps(to_plain("stateful.loader", before.state_dict()), allow_nan=False))
+    expected = [batch.tolist() for batch in iterator]
+    assert len(expected) == 7
+    after = loader()
+    after.load_state_dict(from_plain(saved))
+    assert [batch.tolist() for batch in after] == expected

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import ShardingStrategy, fully_shard
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tests.sharding import test_fsdp1
+from tests.sharding import test_dtensor, test_fsdp1
 from tests.system.processes import Job, run_cases
 from tests.system.training import adamw, attach, full_values, rank, refusal, step, trained, wrapped
 from tests.tiny_llama import forward, no_collectives, peft_model, reference
@@ -199,6 +200,94 @@ def weights_alone_from_a_whole_checkpoint(folder: Path) -> None:
     assert all(torch.equal(value, values[name]) for name, value in restored.items())
 
 
+def a_scaler_goes_on(folder: Path) -> None:
+    def scaler() -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    model, before = wrapped("fsdp2"), scaler()
+    before.scale(torch.ones(1))
+    before.update(32.0)
+    with attach(model, adamw(model), scaler=before, directory=folder, timeout_s=60) as ckpt:
+        ckpt.save(1).wait()
+    model, after = wrapped("fsdp2"), scaler()
+    with attach(model, adamw(model), scaler=after, directory=folder, timeout_s=60) as ckpt:
+        ckpt.restore()
+    assert after.get_scale() == 32.0
+
+
+def torchs_stateful_loader_goes_on(folder: Path) -> None:
+    """Each rank has its own place in its own data."""
+
+    def loader() -> Any:
+        data = list(range(100 * rank(), 100 * rank() + 40))
+        return StatefulDataLoader(data, batch_size=4, shuffle=True)
+
+    model, batches = wrapped("fsdp2"), loader()
+    iterator = iter(batches)
+    for _ in range(3):
+        next(iterator)
+    with attach(model, stateful={"loader": batches}, directory=folder, timeout_s=60) as ckpt:
+        ckpt.save(1).wait()
+    expected = [batch.tolist() for batch in iterator]
+    assert len(expected) == 7
+    model, batches = wrapped("fsdp2"), loader()
+    with attach(model, stateful={"loader": batches}, directory=folder, timeout_s=60) as ckpt:
+        ckpt.restore()
+    assert [batch.tolist() for batch in batches] == expected
+
+
+def state_that_is_neither_json_nor_tensor_is_refused_by_its_path(folder: Path) -> None:
+    class Opaque:
+        def state_dict(self) -> dict[str, Any]:
+            return {"worker": [{"rng": object()}]}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    said = refusal(lambda: attach(wrapped("fsdp2"), stateful={"loader": Opaque()}, directory=folder, timeout_s=60))
+    assert "stateful.loader.worker[0].rng" in said
+    assert not folder.exists()
+
+
+def peft_wrote_it(folder: Path) -> None:
+    """A directory that PEFT itself wrote: the weights, at the step that its name tells, else before the first."""
+    twin = peft_model()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
+    expected = {name: p.detach().clone() for name, p in twin.named_parameters() if p.requires_grad}
+    for name, number in (("somewhere", -1), ("checkpoint-7", 7)):
+        if rank() == 0:
+            twin.save_pretrained(folder / name)
+        dist.barrier()
+        model = wrapped("fsdp2")
+        with attach(model, adamw(model), directory=folder / "runs", timeout_s=60) as ckpt:
+            restored = ckpt.restore(folder / name)
+            assert restored is not None
+            assert (restored.step, restored.source, restored.metrics) == (number, "disk", {})
+            values = full_values(model)
+            assert len(values) > 0
+            assert all(torch.equal(values[key], value) for key, value in expected.items())
+            if number < 0:
+                ckpt.save(0).wait()
+            dist.barrier()
+
+
+def another_base_model_is_told(folder: Path) -> None:
+    def named(path: str) -> Any:
+        model = peft_model()
+        model.peft_config["default"].base_model_name_or_path = path
+        return test_dtensor.wrap(model)
+
+    with attach(named("org/llama-a"), directory=folder, timeout_s=60) as ckpt:
+        ckpt.save(1).wait()
+    with attach(named("/data/models/llama-a/"), directory=folder, timeout_s=60) as ckpt:
+        assert ckpt.restore() is not None
+    with attach(named("org/llama-b"), directory=folder, timeout_s=60) as ckpt:
+        said = refusal(ckpt.restore)
+    assert "trained on 'org/llama-a', this one is on 'org/llama-b'" in said
+
+
 def diverged_replicas_are_named(folder: Path) -> None:
     """Under DDP every rank holds everything; one value changed on one rank must be found."""
     model = wrapped("ddp")
@@ -225,7 +314,9 @@ def _cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
     for name, make in OPTIMIZERS.items():
         yield f"bitwise-fsdp2-{name}", functools.partial(goes_on_bit_by_bit, kind="fsdp2", make=make)
     for case in (starts_where_nothing_had_begun, several_optimizers, any_optimizer_attaches, differences_are_listed,
-                 weights_alone_from_a_whole_checkpoint, diverged_replicas_are_named):  # fmt: skip
+                 weights_alone_from_a_whole_checkpoint, diverged_replicas_are_named, a_scaler_goes_on,
+                 torchs_stateful_loader_goes_on, state_that_is_neither_json_nor_tensor_is_refused_by_its_path,
+                 peft_wrote_it, another_base_model_is_told):  # fmt: skip
         yield case.__name__, case
 
 
