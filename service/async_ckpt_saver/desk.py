@@ -297,6 +297,8 @@ class Desk:
         newest = None if run.clean else run.image.newest_image()
         self._unwatch(run)
         log.info("run %s of %s ended%s", run.image.path, self.directory, ", newest image kept" if newest else "")
+        if run.clean:
+            self._drop_kept()  # the job ended as it should: nobody comes back for an earlier image either
         if newest is None or not self._keep(run, newest[0]):
             run.image.remove()
         else:
