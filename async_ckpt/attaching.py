@@ -143,6 +143,12 @@ def _plan(make: Callable[[], Plan], topology: Topology) -> Plan | CheckpointErro
         if topology.world == 1:
             raise
         return error
+    except Exception as error:  # the other ranks must not wait for one that fails in a way that nobody foresaw
+        failure = CheckpointError(f"planning the checkpoint failed: {error!r}")
+        failure.__cause__ = error
+        if topology.world == 1:
+            raise failure from error
+        return failure
 
 
 def _join(client: Client, identity: _Identity, plan: Plan | CheckpointError, *, overlap: bool) -> Joined:

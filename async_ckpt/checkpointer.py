@@ -33,6 +33,8 @@ from .stats import Stats
 
 log = logging.getLogger(__name__)
 
+_LEAVE_S = 10.0  # how long a process that ends by an exception, or without close(), waits for its own copies
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -82,6 +84,7 @@ class Checkpointer:
         self._open: dict[int, SaveHandle] = {}  # step -> handle, until the saver has settled it
         self._last: SaveHandle | None = None
         self._committed: SaveHandle | None = None
+        self._stuck: SaveHandle | None = None  # the occupant of a slot that was waited for in vain
         self._failed: list[SaveHandle] = []  # since the last wait()
         self._lost: str | None = None
         self._closed = False
@@ -173,12 +176,13 @@ class Checkpointer:
         saved is logged, and its handle says why."""
         if self._closed:
             return
+        deadline_s = time.monotonic() + self._settings.timeout_s
         for handle in list(self._open.values()):
             try:
-                handle.wait()
+                handle.wait(max(0.0, deadline_s - time.monotonic()))
             except CheckpointError as error:
                 log.error("%s", error)
-        self._leave()
+        self._leave(None)
 
     def stats(self) -> dict[str, float]:
         """Counts and seconds since attach, flat, for a logger of metrics."""
@@ -193,7 +197,7 @@ class Checkpointer:
         if kind is None:
             self.close()
         else:
-            self._leave()  # other ranks may never stage what is open: the saver decides, we do not wait
+            self._leave(_LEAVE_S)  # other ranks may never stage what is open: the saver decides, we do not wait
 
     # --- the run it belongs to -------------------------------------------------------------------------------------
 
@@ -209,12 +213,16 @@ class Checkpointer:
         if self._lost is not None:
             return
         for handle in list(self._open.values()):
-            handle.wait_released(self._settings.timeout_s)
+            if not handle.wait_released(self._settings.timeout_s):
+                self._end(handle, "failed", f"not settled after {self._settings.timeout_s:g} s")
+        self._open.clear()
         self._staging.close()
         self._client.close()
         try:
             self._use(self._rejoin())
-        except CheckpointError as error:
+        except Exception as error:  # training goes on without checkpoints
+            if not isinstance(error, CheckpointError):
+                log.exception("the new layout could not be planned")
             self._on_lost(f"the model has changed, and the new layout was refused: {error}")
 
     # --- one save --------------------------------------------------------------------------------------------------
@@ -244,7 +252,10 @@ class Checkpointer:
             self._give_up(slot, handle, "skipped", f"slot {slot.index} still holds step {occupant.step}")
             return False
         started_s = time.perf_counter()
-        free = occupant.wait_released(self._settings.timeout_s)
+        # Once waited for in vain, and nothing heard of the saver since: every save would cost the whole timeout.
+        hopeless = occupant is self._stuck and self._client.silent
+        free = occupant.wait_released(0.0 if hopeless else self._settings.timeout_s)
+        self._stuck = None if free else occupant
         self._stats.busy_wait_s += time.perf_counter() - started_s
         if not free:
             self._give_up(slot, handle, "failed", f"slot {slot.index} still holds step {occupant.step} after "
@@ -262,6 +273,11 @@ class Checkpointer:
     def _begin(self, slot: Slot, handle: SaveHandle, record: SaveRecord) -> None:
         self._open[handle.step] = self._occupants[slot.index] = handle
         self._client.expect(handle.step)
+        if self._lost is not None:  # said by the client's thread just now
+            self._open.pop(handle.step, None)
+            self._end(handle, "failed", self._lost)
+            handle.release()
+            return
         try:
             copy = self._staging.begin(slot, handle.step, self._record_maker(record), self._copied)
         except Exception as error:
@@ -321,8 +337,10 @@ class Checkpointer:
         if handle is None:
             return
         if settled.outcome == "committed":
-            handle.commit(settled)
+            # Whoever waits for the handle may go on at once: to restore it, or to save into its slot.
             self._committed = handle
+            handle.release()
+            handle.commit(settled)
             self._stats.ended(handle)
         else:
             reason = settled.reason
@@ -348,7 +366,8 @@ class Checkpointer:
     def _find(self, checkpoint: str | int | os.PathLike[str]) -> tuple[Path, Path | None] | None:
         """The committed directory, and its image in RAM if there is one."""
         directory = self._settings.directory
-        if isinstance(checkpoint, int):
+        if not isinstance(checkpoint, str | os.PathLike):
+            checkpoint = operator.index(checkpoint)
             return directory / checkpoint_name(checkpoint), self._own_image(checkpoint)
         if checkpoint != "latest":
             return Path(checkpoint), None
@@ -370,12 +389,12 @@ class Checkpointer:
         slots = self._staging.slots
         return next((slot.paths.image for slot in slots if slot.state.complete_step() == step), None)
 
-    def _leave(self) -> None:
+    def _leave(self, copy_timeout_s: float | None) -> None:
         if self._closed:
             return
         self._closed = True
         self._hook.remove()
-        self._staging.close()
+        self._staging.close(copy_timeout_s)
         self._client.close()
         atexit.unregister(self._at_exit)
         self._on_close()
@@ -384,7 +403,7 @@ class Checkpointer:
 
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:
-            self._leave()
+            self._leave(_LEAVE_S)
 
 
 def _describe(path: Path) -> Manifest:

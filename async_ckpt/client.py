@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 _PING_S = 1.0
 _REPEAT_S = 2.0  # after which an unacknowledged message is sent again
 _SILENCE_S = 3.0  # after which an embedded saver is looked after
+_SILENT_S = 10.0  # after which one full timeout is enough to wait for a saver
 _REACH_S = 30.0  # how long a named saver may take to answer at all: a sidecar may start after the trainer
 _GRACE_S = 10.0  # beyond timeout_s, so that the saver's own words on what is missing arrive first
 _GOODBYE_S = 5.0
@@ -89,6 +90,7 @@ class Client:
         self._all_acknowledged = threading.Event()
         self._incarnation: str | None = None
         self._reached = threading.Event()
+        self._heard_s = time.monotonic()
         self._started = False
         self._leaving = False
         self._stopped = False
@@ -134,6 +136,11 @@ class Client:
         with self._lock:
             self._sequence += 1
             self._post(make(self._sequence))
+
+    @property
+    def silent(self) -> bool:
+        """Nothing has come from the saver for a while, though it is asked every second."""
+        return time.monotonic() - self._heard_s > _SILENT_S
 
     def expect(self, step: int) -> None:
         """Ask for the outcome of `step` until `unexpect` is called."""
@@ -202,21 +209,21 @@ class Client:
             self._context.term()
 
     def _loop(self, poller: zmq.Poller) -> None:
-        heard_s, pinged_s = time.monotonic(), 0.0
+        pinged_s = 0.0
         while not self._stopped:
             now_s = time.monotonic()
             if now_s - pinged_s >= (_PING_S if self._reached.is_set() else 0.1):
                 pinged_s = now_s
                 self._ping()
                 self._repeat(now_s)
-                if now_s - heard_s > _SILENCE_S:
+                if now_s - self._heard_s > _SILENCE_S:
                     self._look_after_saver()
             ready = dict(poller.poll(1000 if self._reached.is_set() else 100))
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
             self._send_inbox()
             if self._socket in ready and self._drain_socket():
-                heard_s = time.monotonic()
+                self._heard_s = time.monotonic()
 
     def _say_again(self, pending: _Request, pong: Pong) -> None:
         """To a new incarnation. It knows what is in a journal; of a run that had not started there is none."""
@@ -274,7 +281,7 @@ class Client:
         log.warning("the embedded saver is gone; starting another (log: %s)", self._embedded.log_path)
         try:
             self._embedded.ensure()
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             log.error("%s", error)
 
     def _drain_socket(self) -> bool:

@@ -55,6 +55,7 @@ class EmbeddedSaver:
         """
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while not self.alive():
+            private_directory(self._home)  # a tidy machine may have removed it
             starting = os.open(self._home / "starting.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(starting, fcntl.LOCK_EX | fcntl.LOCK_NB)

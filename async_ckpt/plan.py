@@ -141,7 +141,12 @@ def save_record(step: int, metrics: Mapping[str, Any] | None, extra: Any) -> Sav
         raise CheckpointError(
             f"extra cannot be written as JSON: {error}; give dicts, lists, numbers, strings"
         ) from error
-    return SaveRecord(step, plain, copied, {})
+    record = SaveRecord(step, plain, copied, {})
+    try:
+        msgspec.msgpack.encode(record)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"extra holds what cannot be stored: {error}; numbers have at most 64 bits") from error
+    return record
 
 
 def _scalar(value: Any) -> Any:

@@ -8,6 +8,7 @@ One snapshot's states on this rank: WRITING (the cell says so before the first b
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 import queue
@@ -31,6 +32,7 @@ from .sharding import Shard
 
 log = logging.getLogger(__name__)
 
+_SMALL_BYTES = 1 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it before Python 3.14
 
 MakeRecord = Callable[[], SaveRecord | None]  # called in the staging thread: encoding must not stall the training
@@ -105,14 +107,15 @@ class Slot:
         for path, image in self._images.items():
             result = _cudart().cudaHostRegister(image.data_ptr(), image.numel(), 0)
             if int(result) != 0:
-                log.warning("cannot pin %s (CUDA error %s): saves will be slower. Raise the memlock limit "
-                            "(ulimit -l unlimited)", path, int(result))  # fmt: skip
+                _forget_cuda_error()
+                log.warning("cannot pin %s (CUDA error %s): saves will be slower", path, int(result))
             else:
                 self._pinned.append(image.data_ptr())
 
     def close(self) -> None:
         for pointer in self._pinned:
             _cudart().cudaHostUnregister(pointer)
+        self._pinned.clear()
         # The views keep the mapping alive until the last of them is gone; the kernel frees it then.
         self.targets.clear()
         self._images.clear()
@@ -134,7 +137,10 @@ class Copy:
         self.error: BaseException | None = None
         self.copied = threading.Event()
         self.done = threading.Event()
-        self.device_events: list[Any] = []  # torch.cuda.Event, recorded on the side stream after the copy
+        # torch.cuda.Event, recorded on the device's side stream after the copy; and what that copy reads, which must
+        # not be freed before: the allocator knows nothing of the side stream.
+        self.device_events: list[tuple[torch.device, Any]] = []
+        self.held: list[Batch] = []
         self.host: Batch | None = None  # what the staging thread copies; None: it finds that out itself
 
 
@@ -174,8 +180,9 @@ class Staging:
         for device in sorted((device for device in devices if device.type == "cuda"), key=str):
             self._streams[device] = torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
         if self._streams:
-            for slot in slots:
-                slot.pin()
+            with torch.cuda.device(next(iter(self._streams))):
+                for slot in slots:
+                    slot.pin()
         self._tasks: queue.SimpleQueue[Copy | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="async-ckpt-staging", daemon=True)
         self._thread.start()
@@ -195,10 +202,16 @@ class Staging:
         _foreach_copy(host, non_blocking=False)
         if others is not None:
             copy.host = self._start_on_devices(copy, others, before_return=False)
+            if sum(source.nbytes for source in copy.host[1]) <= _SMALL_BYTES:
+                # Such as AdamW's step counts: copied now, so that the fence need not hold up the host.
+                _foreach_copy(copy.host, non_blocking=False)
+                copy.host = ([], [])
         self._in_flight.append(copy)
         self._tasks.put(copy)
         if not self._overlap:
             copy.copied.wait()
+            for _, event in copy.device_events:
+                event.synchronize()
         return copy
 
     def fence(self) -> float:
@@ -208,10 +221,9 @@ class Staging:
         """
         started_s = time.perf_counter()
         for copy in self._in_flight:
-            if copy.device_events and copy.host == ([], []) and not self._replicated:
-                for event in copy.device_events:
-                    torch.cuda.current_stream(event.device).wait_event(event)
-            else:
+            for device, event in copy.device_events:
+                torch.cuda.current_stream(device).wait_event(event)
+            if copy.host != ([], []) or self._replicated:
                 copy.copied.wait()
         self._in_flight.clear()
         return time.perf_counter() - started_s
@@ -241,7 +253,8 @@ class Staging:
             on[1].append(source)
         for device, part in devices.items():
             event = self._copy_on_stream(device, part)
-            copy.device_events.append(event)
+            copy.device_events.append((device, event))
+            copy.held.append(part)
             if before_return:
                 torch.cuda.current_stream(device).wait_event(event)
         return host
@@ -250,10 +263,14 @@ class Staging:
         """Run `work` in the staging thread when every copy begun so far has ended: reports must keep their order."""
         self._tasks.put(work)
 
-    def close(self) -> None:
-        """Ends after the copies begun so far. Safe to call twice."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Ends after the copies begun so far. Safe to call twice. A copy may wait for a kernel that never ends: after
+        `timeout_s` it is left behind, with its slots."""
         self._tasks.put(None)
-        self._thread.join()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            log.warning("a copy did not end within %s s and is left behind", timeout_s)
+            return
         for slot in self.slots:
             slot.close()
 
@@ -268,25 +285,31 @@ class Staging:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            if not isinstance(task, Copy):
-                task()
-                continue
-            copy = task
             try:
-                self._finish(copy)
-            except Exception as error:  # reported through the handle; training goes on
-                copy.error = error
-            copy.copied.set()
-            copy.done.set()
-            copy.on_done(copy)
+                if isinstance(task, Copy):
+                    self._serve(task)
+                else:
+                    task()
+            except Exception:  # without this thread the next fence would wait for ever
+                log.exception("a report to the saver failed")
+
+    def _serve(self, copy: Copy) -> None:
+        try:
+            self._finish(copy)
+        except Exception as error:  # reported through the handle; training goes on
+            copy.error = error
+        copy.copied.set()
+        copy.done.set()
+        copy.on_done(copy)
 
     def _finish(self, copy: Copy) -> None:
         host = self._batch(copy.slot, self._others) if copy.host is None else copy.host
         _foreach_copy(host, non_blocking=False)
         if not self._replicated:  # else they are read once more below
             copy.copied.set()
-        for event in copy.device_events:
+        for _, event in copy.device_events:
             event.synchronize()
+        copy.held.clear()
         copy.copy_s = time.perf_counter() - copy.started_s
         record = copy.make_record()
         if self._replicated:
@@ -308,6 +331,14 @@ def _span(view: torch.Tensor, base: int) -> tuple[int, int]:
     start = view.data_ptr() - base
     last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
     return start, start + (last + 1) * view.element_size()
+
+
+def _forget_cuda_error() -> None:
+    """CUDA keeps the last error, and torch would raise it after its next kernel, far from here."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "libcudart" in line:
+            ctypes.CDLL(line.split(maxsplit=5)[5]).cudaGetLastError()
+            return
 
 
 def _cudart() -> Any:

@@ -33,10 +33,12 @@ def discover() -> Topology:
         rank, world = dist.get_rank(), dist.get_world_size()
     else:
         rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
-    local_world = int(environment.get("LOCAL_WORLD_SIZE", world))
-    if local_world != world:
+    local_world = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or world)
+    hosts = 1 if "LOCAL_WORLD_SIZE" in environment else int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    if local_world != world or hosts > 1:
         raise CheckpointError(
-            f"this job has {world} ranks, {local_world} of them on this host; async_ckpt saves jobs of one host so far"
+            f"this job has {world} ranks on several hosts ({local_world} here, as far as the environment says); "
+            f"async_ckpt saves jobs of one host so far"
         )
     launcher = process_of(os.getppid()) if "TORCHELASTIC_RUN_ID" in environment and os.getppid() > 1 else None
     job = ":".join(environment.get(name, "") for name in _JOB_VARIABLES)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from .protocol import Process
 
 _START_TIME_FIELD = 19  # of /proc/<pid>/stat after the command's ')': field 22 in proc(5)
+
+
+def now_ticks() -> int:
+    """Now, as `Process.start_ticks` counts: clock ticks since the machine was booted."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
 def process_of(pid: int) -> Process:

@@ -36,7 +36,7 @@ from .protocol import Layout, Options, Process, SaveRecord, Started
 SHM = Path("/dev/shm")
 _CELL = struct.Struct("<QqdQ")  # phase, step, copy_s, xxh64 of the three
 _CELL_BYTES = 64  # a cache line a rank: neighbours do not slow each other down
-_HEADER = struct.Struct("<8sQ")
+_HEADER = struct.Struct("<8sQq")  # magic, world, the last step of this slot whose outcome was told
 _MAGIC = b"ackptst1"
 _RACES = 100  # tries against savers that end just now
 
@@ -109,7 +109,7 @@ class StateFile:
     def __init__(self, path: Path) -> None:
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
-        magic, world = _HEADER.unpack_from(self._map)
+        magic, world, _ = _HEADER.unpack_from(self._map)
         if magic != _MAGIC or len(self._map) != (world + 1) * _CELL_BYTES:
             raise CheckpointError(f"{path} is no slot state file: begins with {magic!r}, {len(self._map)} bytes")
         self.world: int = world
@@ -119,7 +119,7 @@ class StateFile:
         with path.open("xb") as file:
             os.fchmod(file.fileno(), 0o600)
             os.posix_fallocate(file.fileno(), 0, (world + 1) * _CELL_BYTES)
-            file.write(_HEADER.pack(_MAGIC, world))
+            file.write(_HEADER.pack(_MAGIC, world, -1))
 
     def mark(self, rank: int, phase: Phase, step: int, copy_s: float = 0.0) -> None:
         body = _CELL.pack(phase, step, copy_s, 0)[:-8]
@@ -133,6 +133,15 @@ class StateFile:
         if check != xxhash.xxh64_intdigest(self._map[offset : offset + _CELL.size - 8]) or phase > Phase.STAGED:
             return _EMPTY
         return Cell(Phase(phase), step, copy_s)
+
+    @property
+    def settled_step(self) -> int:
+        """The last step in this slot that the saver has settled, -1 before any: the slot may be taken since then."""
+        return int(_HEADER.unpack_from(self._map)[2])
+
+    def settle(self, step: int) -> None:
+        """Said by the saver alone, before any rank hears of the outcome."""
+        _HEADER.pack_into(self._map, 0, _MAGIC, self.world, max(step, self.settled_step))
 
     def complete_step(self) -> int | None:
         """The step that every rank has staged here, or None."""

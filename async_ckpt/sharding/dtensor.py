@@ -60,8 +60,9 @@ class DTensorShard(Shard):
 
     def local(self) -> torch.Tensor:
         parameter = self._parameter
-        if self._module._parameters.get(self._attribute) is not parameter:
-            self._check_unsharded()
+        registered = self._module._parameters.get(self._attribute)
+        if registered is not parameter:
+            self._check_unsharded(registered)
         local: torch.Tensor = parameter._local_tensor
         if (
             self._view is None
@@ -74,10 +75,9 @@ class DTensorShard(Shard):
             self._pointer = local.data_ptr()
         return self._view
 
-    def _check_unsharded(self) -> None:
+    def _check_unsharded(self, registered: torch.Tensor | None) -> None:
         """Raise unless the module holds what FSDP2 itself puts in the sharded parameter's place for a while."""
         managed = self._managed
-        registered = self._module._parameters.get(self._attribute)
         if (
             managed is None
             or registered is None

@@ -19,6 +19,7 @@ import msgspec
 
 from async_ckpt.core import manifest
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.processes import now_ticks
 from async_ckpt.core.protocol import FromRank, LayoutSent, LayoutWanted, Ping, Pong, Refused, Register, Resume
 from async_ckpt.core.slots import Peer, RunRecord
 
@@ -40,6 +41,7 @@ _REMEMBER_REFUSAL_S = 20.0  # how long a refused job's late ranks are waited for
 class _RefusedJob(msgspec.Struct):
     reason: str
     since_s: float
+    since_ticks: int
     untold: int
 
 
@@ -66,9 +68,11 @@ class Desk:
         if run is not None:
             run.grant(message.rank)
             return
-        if message.job in self._refused:
-            self._refuse_late(identity, self._refused[message.job], message.job)
+        refused = self._refused.get(message.job)
+        if refused is not None and message.process.start_ticks <= refused.since_ticks:
+            self._refuse_late(identity, refused, message.job)
             return
+        self._refused.pop(message.job, None)  # a new launch of the same name: its processes are younger
         if self._registration is not None and self._displaces(identity, message):
             earlier = self._registration.members.get(message.rank)
             if earlier is None or earlier.process != message.process:
@@ -93,7 +97,7 @@ class Desk:
             return
         if self._registration is not None and self._registration.job == job:
             self.refuse(reason)
-        refused = self._refused.setdefault(job, _RefusedJob(reason, self._services.now_s(), world))
+        refused = self._refused.setdefault(job, _RefusedJob(reason, self._services.now_s(), now_ticks(), world))
         self._refuse_late(identity, refused, job)
 
     def receive(self, identity: bytes, message: FromRank) -> None:
@@ -206,7 +210,7 @@ class Desk:
 
     def _remember_refusal(self, job: str, reason: str, untold: int) -> None:
         if untold > 0:
-            self._refused[job] = _RefusedJob(reason, self._services.now_s(), untold)
+            self._refused[job] = _RefusedJob(reason, self._services.now_s(), now_ticks(), untold)
 
     def _refuse_late(self, identity: bytes, refused: _RefusedJob, job: str) -> None:
         self._services.send(identity, Refused(reason=refused.reason))

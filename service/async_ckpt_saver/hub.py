@@ -30,15 +30,12 @@ class Hub:
 
     def adopt(self) -> None:
         """Go on with what an earlier saver on this endpoint left: commit what is complete, wait for living ranks."""
-        images = RunImage.left_behind(self._services.endpoint)
-        for directory in {image.directory for image in images}:
-            self._sweep(directory)
-        for image in images:
-            log.info("found run %s of %s", image.path, image.directory)
-            desk = self._desk(image.directory)
-            for peer in image.record.peers:
-                self._places[peer.identity] = desk
-            desk.adopt(image)
+        swept: set[str] = set()
+        for image in RunImage.left_behind(self._services.endpoint):
+            try:
+                self._adopt(image, swept)
+            except Exception:  # one run that cannot be gone on with must not keep the saver from all the others
+                log.exception("run %s of %s is left as it is", image.path, image.directory)
 
     @property
     def quiet(self) -> bool:
@@ -95,12 +92,17 @@ class Hub:
         elif isinstance(key, bytes) and key in self._places:
             self._places[key].process_gone(key)
 
-    def _sweep(self, directory: str) -> None:
-        """A saver that was killed may have left half a commit."""
-        try:
-            sweep(directory)
-        except CheckpointError as error:
-            log.error("%s", error)
+    def _adopt(self, image: RunImage, swept: set[str]) -> None:
+        if not Path(image.directory).resolve().is_relative_to(self._services.root):
+            raise CheckpointError(f"{image.directory} is outside the root {self._services.root}")
+        log.info("found run %s of %s", image.path, image.directory)
+        if image.directory not in swept:
+            sweep(image.directory)  # a saver that was killed may have left half a commit
+            swept.add(image.directory)
+        desk = self._desk(image.directory)
+        for peer in image.record.peers:
+            self._places[peer.identity] = desk
+        desk.adopt(image)
 
     def _desk(self, directory: str) -> Desk:
         if directory not in self._desks:

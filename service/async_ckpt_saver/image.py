@@ -84,6 +84,10 @@ class RunImage:
                     cells.append(StagedCell(cell.step, slot, each))
         return sorted(cells)
 
+    def settle(self, slot: int, step: int) -> None:
+        if 0 <= slot < len(self.states):
+            self.states[slot].settle(step)
+
     def commit_job(self, commit: Commit) -> CommitJob:
         """Raises CheckpointError if a record of the step cannot be read, or if replicas have diverged."""
         slot = self.slots[commit.slot]

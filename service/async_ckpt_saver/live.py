@@ -106,6 +106,14 @@ class LiveRun:
                 total_bytes = sum(file.bytes for file in found.files.values())
                 self._machine.know(Settled(step=step, slot=0, outcome="committed", path=str(path), bytes=total_bytes))
         for cell in self.image.staged_cells():
+            told = cell.step <= self.image.states[cell.slot].settled_step
+            if told and self._machine.settled(cell.step) is None:
+                # It failed, or retention has removed it. Its slot may be half another step's by now.
+                self._machine.know(
+                    Settled(
+                        step=cell.step, slot=cell.slot, outcome="failed", reason="told before the saver was replaced"
+                    )
+                )
             self._perform(self._machine.report(cell.rank, cell.slot, cell.step, "staged"))
 
     def receive(self, rank: int, message: FromRank) -> None:
@@ -183,13 +191,15 @@ class LiveRun:
                 self._send(action.rank, action.settled)
             else:
                 settled = action.settled
+                self.image.settle(settled.slot, settled.step)
                 log.info("step %d of %s: %s %s", settled.step, self.image.directory, settled.outcome, settled.reason)
                 self.tell_all(settled)
 
     async def _commit(self, order: Commit) -> None:
         try:
             job = self.image.commit_job(order)
-            result = await self._services.in_thread(lambda: commit_once(job))
+            still_whole = self.image.states[order.slot].complete_step
+            result = await self._services.in_thread(lambda: commit_once(job, lambda: still_whole() == order.step))
         except Exception as error:  # whatever it is, training and the next save go on
             if not isinstance(error, CheckpointError):
                 log.exception("commit of step %d failed", order.step)

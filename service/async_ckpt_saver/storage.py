@@ -10,6 +10,8 @@ from pathlib import Path
 
 from async_ckpt.core.errors import CheckpointError
 
+from .filesystem import make_directories
+
 
 def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
     """Make `directory`, prove that files can be made in it, and return what undoes the making.
@@ -27,7 +29,7 @@ def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
                 path.rmdir()
 
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directories(str(directory))  # synced, so that what is committed into it survives a power loss
         fd, probe = tempfile.mkstemp(prefix=".async-ckpt-probe-", dir=directory)
         os.close(fd)
         os.unlink(probe)

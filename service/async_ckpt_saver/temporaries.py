@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -37,6 +38,34 @@ def claim(name: str) -> Iterator[None]:
         _claimed.discard(name)
 
 
+@contextlib.contextmanager
+def held(path: str) -> Iterator[None]:
+    """Within the block other savers leave the directory alone: two of them may serve one run directory for a while."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a filesystem without locks
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _is_held(path: str) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
 def leftovers(directory: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """Directories and symbolic links in `directory` that bear our names and are not claimed. Raises OSError."""
     with os.scandir(directory) as entries:
@@ -46,4 +75,5 @@ def leftovers(directory: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
 def _is_ours(entry: os.DirEntry[str]) -> bool:
     if entry.is_symlink():
         return _LINK.fullmatch(entry.name) is not None
-    return _DIRECTORY.fullmatch(entry.name) is not None and entry.is_dir(follow_symlinks=False)
+    named = _DIRECTORY.fullmatch(entry.name) is not None and entry.is_dir(follow_symlinks=False)
+    return named and not _is_held(entry.path)

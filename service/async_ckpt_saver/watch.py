@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Hashable
 
 from async_ckpt.core.processes import process_of
 from async_ckpt.core.protocol import Process
+
+log = logging.getLogger(__name__)
 
 
 class ProcessWatch:
@@ -24,6 +27,7 @@ class ProcessWatch:
         self._on_exit = on_exit
         self._lease_s = lease_s
         self._pidfds: dict[Hashable, int] = {}
+        self._polled: dict[Hashable, Process] = {}
         self._last_seen_s: dict[Hashable, float] = {}
         self._namespace = process_of(os.getpid()).pid_namespace
 
@@ -34,8 +38,15 @@ class ProcessWatch:
             return
         try:
             pidfd = os.pidfd_open(process.pid)
-        except OSError:
+        except ProcessLookupError:
             self._loop.call_soon(self._on_exit, key)
+            return
+        except (
+            OSError,
+            AttributeError,
+        ) as error:  # an old kernel, a sandbox: look now and then
+            log.debug("no pidfd for %d: %s", process.pid, error)
+            self._polled[key] = process
             return
         if _start_ticks(process.pid) != process.start_ticks:  # the pid was given to someone else
             os.close(pidfd)
@@ -46,6 +57,7 @@ class ProcessWatch:
 
     def discard(self, key: Hashable) -> None:
         self._last_seen_s.pop(key, None)
+        self._polled.pop(key, None)
         pidfd = self._pidfds.pop(key, None)
         if pidfd is not None:
             self._loop.remove_reader(pidfd)
@@ -59,9 +71,12 @@ class ProcessWatch:
         now_s = self._loop.time()
         for key in [key for key, seen_s in self._last_seen_s.items() if now_s - seen_s > self._lease_s]:
             self._exited(key)
+        for key, process in list(self._polled.items()):
+            if _start_ticks(process.pid) != process.start_ticks:
+                self._exited(key)
 
     def close(self) -> None:
-        for key in [*self._pidfds, *self._last_seen_s]:
+        for key in [*self._pidfds, *self._polled, *self._last_seen_s]:
             self.discard(key)
 
     def _exited(self, key: Hashable) -> None:

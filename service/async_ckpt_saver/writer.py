@@ -33,7 +33,7 @@ from async_ckpt.core.manifest import (
 from .datafile import StepHook, Written, write_bytes, write_image_file
 from .filesystem import fsync_directory, make_directories, remove_tree, rename_new
 from .latest_link import point_latest
-from .temporaries import check_nonce, claim, leftovers, new_nonce
+from .temporaries import check_nonce, claim, held, leftovers, new_nonce
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ def _temporary_directory(job: CommitJob, nonce: str, step_hook: StepHook) -> Ite
     with claim(name):
         os.mkdir(path)
         try:
-            yield path
+            with held(path):
+                yield path
         except BaseException:
             remove_tree(path)
             raise

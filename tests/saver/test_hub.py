@@ -52,6 +52,7 @@ from async_ckpt.core.slots import Phase, SlotPaths, StateFile, read_journals, re
 from async_ckpt_saver import desk, live
 from async_ckpt_saver.hub import Hub
 from async_ckpt_saver.services import Services
+from async_ckpt_saver.temporaries import held, leftovers
 
 FILE = plan_file("adapter_model.safetensors", [TensorSpec("w", "F32", (8,))])
 LAYOUT = Layout((ImageFile(FILE.path, FILE.header, FILE.total_bytes),), {"README.md": b"read me"})
@@ -330,9 +331,9 @@ async def test_a_job_waits_for_the_last_commit_of_the_dead_one_before_it(endpoin
     original, waits = live.commit_once, desk._CONFLICT_S
     desk._CONFLICT_S = 0.0
 
-    def stuck(job: Any) -> Any:
+    def stuck(job: Any, still_whole: Callable[[], bool]) -> Any:
         assert release.wait(30)
-        return original(job)
+        return original(job, still_whole)
 
     live.commit_once = stuck
     try:
@@ -485,3 +486,111 @@ async def test_a_directory_removed_under_us_fails_the_step_and_the_next_one_work
     assert (await saver.hear("A", Settled, 2)).outcome == "committed"
     saver.say("A", Bye(seq=3))
     await saver.until(saver.gone, "everything gone")
+
+
+@scenario
+async def test_a_step_that_failed_is_not_taken_up_again_by_the_next_saver(endpoint: str, root: Path) -> None:
+    """Its ranks were told, and may be writing another step into the slot."""
+    saver = Bench(endpoint, root)
+    granted = await saver.start(root / "run", "A")
+    (root / "run" / "checkpoint-1").mkdir()
+    stage(granted, 0, 0, 1)
+    saver.say("A", Staged(seq=1, slot=0, step=1, copy_s=0.1))
+    failed = await saver.hear("A", Settled)
+    assert failed.outcome == "failed"
+    assert "exists already" in failed.reason
+    (root / "run" / "checkpoint-1").rmdir()
+    after = Bench(endpoint, root)
+    after.hub.adopt()
+    after.say("A", Ping(unsettled=[1]))
+    assert (await after.hear("A", Settled)).outcome == "failed"
+    assert not (root / "run" / "checkpoint-1").exists()
+    after.say("A", Bye(seq=2))
+    await after.until(after.gone, "everything gone")
+
+
+@scenario
+async def test_a_slot_that_is_taken_while_it_is_read_is_not_published(endpoint: str, root: Path) -> None:
+    saver = Bench(endpoint, root)
+    granted = await saver.start(root / "run", "A")
+    original = live.commit_once
+
+    def overtaken(job: Any, still_whole: Callable[[], bool]) -> Any:
+        state = StateFile(SlotPaths(Path(granted.run), 0).state)
+        state.mark(0, Phase.WRITING, 3)
+        state.close()
+        return original(job, still_whole)
+
+    live.commit_once = overtaken
+    try:
+        stage(granted, 0, 0, 1)
+        saver.say("A", Staged(seq=1, slot=0, step=1, copy_s=0.1))
+        failed = await saver.hear("A", Settled)
+    finally:
+        live.commit_once = original
+    assert "was taken by another step" in failed.reason
+    assert [path.name for path in (root / "run").iterdir()] == []
+    saver.say("A", Bye(seq=2))
+    await saver.until(saver.gone, "everything gone")
+
+
+@scenario
+async def test_a_new_launch_of_the_same_name_is_not_refused_for_the_one_before(endpoint: str, root: Path) -> None:
+    """torchrun's job has the same name each time, and kills ranks before they hear that they were refused."""
+    saver = Bench(endpoint, root)
+    options = register(root / "run", 0, 2).options
+    saver.say("A", Refuse(options=options, job="job", rank=0, process=ME, reason="no adapter"))
+    await saver.hear("A", Refused)
+    child = Sleeper()
+    younger = msgspec.structs.replace(child.process, start_ticks=child.process.start_ticks + 1000)
+    saver.say("B", register(root / "run", 1, 2, process=younger))
+    assert all("no adapter" not in refused.reason for refused in saver.heard("B", Refused))
+    child.kill()
+
+
+@scenario
+async def test_without_pidfds_the_living_live_and_the_dead_are_found(endpoint: str, root: Path) -> None:
+    """Old kernels and some sandboxes have none."""
+
+    def missing(pid: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    original, os.pidfd_open = os.pidfd_open, missing
+    try:
+        saver, child = Bench(endpoint, root), Sleeper()
+        granted = await saver.start(root / "run", "A", processes=[child.process])
+        stage(granted, 0, 0, 1)
+        child.kill()
+        await saver.until((root / "run" / "checkpoint-1").exists, "the commit after the death")
+    finally:
+        os.pidfd_open = original
+    saver.services.orphan_image_s = 0
+    await saver.until(saver.gone, "everything gone")
+
+
+@scenario
+async def test_a_run_outside_the_root_is_left_alone_and_others_are_gone_on_with(endpoint: str, root: Path) -> None:
+    (root / "inside").mkdir()
+    saver, child = Bench(endpoint, root), Sleeper()
+    outside = await saver.start(root / "outside", "A", job="a", processes=[child.process])
+    inside = await saver.start(root / "inside" / "run", "B", job="b", processes=[child.process])
+    for granted in (outside, inside):
+        stage(granted, 0, 0, 1)
+    after = Bench(endpoint, root / "inside")
+    after.hub.adopt()
+    await after.until((root / "inside" / "run" / "checkpoint-1").exists, "the commit inside")
+    assert not (root / "outside" / "checkpoint-1").exists()
+    assert Path(outside.run).exists()
+    child.kill()
+    saver.services.orphan_image_s = after.services.orphan_image_s = 0
+    await after.until(lambda: after.hub.quiet, "quiet")
+    await saver.until(saver.gone, "everything gone")
+
+
+@scenario
+async def test_another_savers_commit_under_way_is_not_swept(endpoint: str, root: Path) -> None:
+    temporary = root / ".checkpoint-5.abc.tmp"
+    temporary.mkdir()
+    with held(str(temporary)):
+        assert leftovers(root) == []
+    assert [entry.name for entry in leftovers(root)] == [temporary.name]
