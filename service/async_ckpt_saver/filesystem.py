@@ -44,7 +44,7 @@ def make_directories(path: str) -> None:
         except FileExistsError:
             # Another commit may have made it since; anything but a directory is an error.
             if not os.path.isdir(made):
-                raise
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), made) from None
         fsync_directory(os.path.dirname(made))
 
 
