@@ -92,6 +92,10 @@ def attach(
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     options = Options(str(path), topology.world, slots, policy, float(timeout_s), verify_replicas)
     endpoint = saver or os.environ.get(_SAVER_VARIABLE)
+    if endpoint and not endpoint.startswith("ipc:///"):
+        raise CheckpointError(f"saver={endpoint!r}: give ipc:// and an absolute path, as in ipc:///run/saver.sock")
+    if not names:
+        raise CheckpointError("adapter_name is empty: name at least one adapter")
     embedded = None if endpoint else EmbeddedSaver(path)
 
     def make_plan() -> Plan:

@@ -19,7 +19,15 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.manifest import FORMAT, MANIFEST_NAME, Manifest, checkpoint_name, parse_step, read_manifest
+from async_ckpt.core.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    Manifest,
+    checkpoint_name,
+    committed,
+    parse_step,
+    read_manifest,
+)
 from async_ckpt.core.protocol import Failed, SaveRecord, Settled, Skipped, Staged, Started
 
 from .client import Client
@@ -90,7 +98,8 @@ class Checkpointer:
         self._closed = False
         self._stats = Stats()
         self._use(joined)
-        self._hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self.fence())
+        self._restored_or_warned = self._resume is None or settings.rank != 0
+        self._hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before_step())
         self._pid = os.getpid()
         atexit.register(self._at_exit)
 
@@ -139,6 +148,7 @@ class Checkpointer:
         """
         if self._closed:
             raise CheckpointError("restore() after close(): attach again")
+        self._restored_or_warned = True
         found = self._find(checkpoint)
         if found is None:
             return None
@@ -199,6 +209,13 @@ class Checkpointer:
         else:
             self._leave(_LEAVE_S)  # other ranks may never stage what is open: the saver decides, we do not wait
 
+    def _before_step(self) -> None:
+        if not self._restored_or_warned:
+            self._restored_or_warned = True
+            log.warning("%s holds checkpoint-%s, and restore() was not called: training begins anew",
+                        self._settings.given, self._newest_step)  # fmt: skip
+        self.fence()
+
     # --- the run it belongs to -------------------------------------------------------------------------------------
 
     def _use(self, joined: Joined) -> None:
@@ -237,10 +254,12 @@ class Checkpointer:
         if self._newest_step is None or step > self._newest_step:
             return step
         if self._last is not None:
-            raise CheckpointError(f"save({step}): step {self._newest_step} was saved already, and steps must grow")
+            raise CheckpointError(f"save({step}): step {self._newest_step} was saved already, and steps must grow: "
+                                  f"count over all epochs")  # fmt: skip
         raise CheckpointError(
             f"save({step}): {self._settings.directory} already holds checkpoint-{self._newest_step}. Go on from it: "
-            f"resumed = ckpt.restore(), then start at resumed.step + 1; or choose another directory"
+            f"resumed = ckpt.restore(), then start at resumed.step + 1; or choose another directory; or, to go on from "
+            f"an older one, move the newer ones away"
         )
 
     def _slot_free(self, slot: Slot, handle: SaveHandle) -> bool:
@@ -258,9 +277,14 @@ class Checkpointer:
         self._stuck = None if free else occupant
         self._stats.busy_wait_s += time.perf_counter() - started_s
         if not free:
-            self._give_up(slot, handle, "failed", f"slot {slot.index} still holds step {occupant.step} after "
-                                                  f"{self._settings.timeout_s:g} s: storage does not keep up, see "
-                                                  f"{self._settings.saver}")  # fmt: skip
+            held = f"slot {slot.index} still holds step {occupant.step}"
+            if self._client.silent:
+                reason = (f"{held}, and the saver at {self._client.endpoint} does not answer: is it running? What is "
+                          f"staged is safe in shared memory, and is committed when one starts there")  # fmt: skip
+            else:
+                reason = (f"{held} after {self._settings.timeout_s:g} s: storage does not keep up, see "
+                          f"{self._settings.saver}")  # fmt: skip
+            self._give_up(slot, handle, "failed", reason)
         return free
 
     def _give_up(self, slot: Slot, handle: SaveHandle, outcome: Literal["skipped", "failed"], reason: str) -> None:
@@ -367,7 +391,10 @@ class Checkpointer:
         """The committed directory, and its image in RAM if there is one."""
         directory = self._settings.directory
         if not isinstance(checkpoint, str | os.PathLike):
-            checkpoint = operator.index(checkpoint)
+            try:
+                checkpoint = operator.index(checkpoint)
+            except TypeError as error:
+                raise CheckpointError(f"restore({checkpoint!r}): give 'latest', a step, or a path") from error
             return directory / checkpoint_name(checkpoint), self._own_image(checkpoint)
         if checkpoint != "latest":
             return Path(checkpoint), None
@@ -408,6 +435,9 @@ class Checkpointer:
 
 def _describe(path: Path) -> Manifest:
     """The manifest, or what stands for it where another program wrote the checkpoint."""
+    if not path.is_dir():
+        there = ", ".join(str(step) for step, _ in committed(path.parent)[-8:]) or "none"
+        raise CheckpointError(f"there is no checkpoint at {path}; committed steps in {path.parent}: {there}")
     if (path / MANIFEST_NAME).exists() or not any(path.glob("*.safetensors")):
         return read_manifest(path)
     step = parse_step(path.name)

@@ -91,6 +91,7 @@ class Client:
         self._incarnation: str | None = None
         self._reached = threading.Event()
         self._heard_s = time.monotonic()
+        self._warned = False
         self._started = False
         self._leaving = False
         self._stopped = False
@@ -224,6 +225,7 @@ class Client:
             self._send_inbox()
             if self._socket in ready and self._drain_socket():
                 self._heard_s = time.monotonic()
+                self._warned = False
 
     def _say_again(self, pending: _Request, pong: Pong) -> None:
         """To a new incarnation. It knows what is in a journal; of a run that had not started there is none."""
@@ -272,7 +274,13 @@ class Client:
                 self._send_payload(payload)
 
     def _look_after_saver(self) -> None:
-        if self._embedded is None or self._embedded.alive():
+        if self._embedded is None:
+            if self.silent and not self._warned:
+                self._warned = True
+                log.warning("the saver at %s does not answer: is it running? What is staged is safe in shared memory, "
+                            "and is committed when a saver starts there", self.endpoint)  # fmt: skip
+            return
+        if self._embedded.alive():
             return
         if self._leaving and not self._unsettled:
             self._unacknowledged.clear()  # it has ended because everyone has left

@@ -9,6 +9,7 @@ from typing import Literal
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.protocol import Settled
+from async_ckpt.core.slots import Phase
 
 from .staging import Copy
 
@@ -127,5 +128,20 @@ class SaveHandle:
         return self._timeout_s if timeout_s is None else timeout_s
 
     def _too_late(self, what: str, timeout_s: float | None) -> CheckpointError:
-        return CheckpointError(f"step {self.step} is not {what} after {self._limit_s(timeout_s):g} s; "
-                               f"it is {self.state} and goes on")  # fmt: skip
+        missing = self._not_staged()
+        if missing:
+            names = ", ".join(map(str, missing[:8]))
+            more = f"rank {names} has not staged it: every rank must call save with the same steps"
+        else:
+            more = f"it is {self.state} and goes on"
+        return CheckpointError(f"step {self.step} is not {what} after {self._limit_s(timeout_s):g} s; {more}")
+
+    def _not_staged(self) -> list[int]:
+        copy = self._copy
+        if copy is None or not copy.done.is_set() or self._final is not None:
+            return []
+        try:
+            cells = [copy.slot.state.cell(rank) for rank in range(copy.slot.state.world)]
+        except ValueError:
+            return []
+        return [rank for rank, cell in enumerate(cells) if (cell.phase, cell.step) != (Phase.STAGED, self.step)]

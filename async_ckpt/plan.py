@@ -123,9 +123,13 @@ def save_record(step: int, metrics: Mapping[str, Any] | None, extra: Any) -> Sav
     """What the manifest will say of a save. Raises CheckpointError for what JSON cannot hold; nothing is pickled."""
     checkpoint_name(step)
     plain = {}
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise CheckpointError(f"metrics is a {type(metrics).__name__}: give a dict, as in {{'loss': loss.item()}}")
     for name, value in (metrics or {}).items():
         scalar = _scalar(value)
-        if not isinstance(name, str) or not isinstance(scalar, bool | int | float | str | None):
+        if not isinstance(name, str):
+            raise CheckpointError(f"metrics has the key {name!r}: keys must be strings")
+        if not isinstance(scalar, bool | int | float | str | None):
             raise CheckpointError(
                 f"metrics[{name!r}] is a {type(value).__name__}: give numbers or strings, as in {{'loss': loss.item()}}"
             )

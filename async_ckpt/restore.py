@@ -104,5 +104,6 @@ def _parse(path: Path, mapped: mmap.mmap) -> FileLayout:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from error
     layout = parse_file(str(path), mapped[:length])
     if layout.total_bytes != len(mapped):
-        raise CheckpointError(f"{path} has {len(mapped)} bytes, but its header describes {layout.total_bytes}")
+        raise CheckpointError(f"{path} has {len(mapped)} bytes, but its header describes {layout.total_bytes}: it "
+                              f"is damaged; restore an older one and move this one away")  # fmt: skip
     return layout

@@ -148,6 +148,8 @@ def make_parts(
                 f"optimizer is a {type(each).__name__}: give a torch.optim.Optimizer, or a list of them"
             )
     shared = {name: each for name, each in (("scheduler", scheduler), ("scaler", scaler)) if each is not None}
+    if stateful is not None and not isinstance(stateful, Mapping):
+        raise CheckpointError(f"stateful is a {type(stateful).__name__}: give a dict, as in {{'dataloader': loader}}")
     local = dict(stateful or {})
     for name, each in {**shared, **local}.items():
         if not hasattr(each, "state_dict") or not hasattr(each, "load_state_dict"):

@@ -113,6 +113,7 @@ def _place(tensor: torch.Tensor | None) -> Hashable:
 def replaced(name: str) -> CheckpointError:
     return CheckpointError(
         f"{name!r} is no longer the tensor that async_ckpt was attached to: something put another one in its place "
-        "(load_state_dict(assign=True), or an adapter that was deleted and added again); attach again, and make the "
+        "(wrapped by fully_shard or FSDP after attach; load_state_dict(assign=True); an adapter that was deleted and "
+        "added again): wrap the model first; else attach again, and make the "
         "optimizer anew too, since it still updates the old one"
     )

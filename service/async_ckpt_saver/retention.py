@@ -21,9 +21,17 @@ def expired(checkpoints: Sequence[tuple[int, Mapping[str, Metric]]], policy: Pol
     """The steps that no rule of `policy` keeps, in ascending order; never the newest.
 
     `checkpoints` are (step, metrics), in any order. A metric that is missing, no number, NaN or infinite never counts
-    as best. Of equal ones the newer is better.
+    as best. Of equal ones the newer is better. While no checkpoint knows the metric of `keep_best`, nothing goes: its
+    name is more likely mistyped than every checkpoint worthless.
     """
     if policy.keeps_all or not checkpoints:
+        return []
+    if policy.keep_best is not None and not any(policy.keep_best[0] in metrics for _, metrics in checkpoints):
+        logger.warning(
+            "keep_best: no checkpoint has metrics[%r] (there are: %s); nothing is removed",
+            policy.keep_best[0],
+            ", ".join(sorted({name for _, metrics in checkpoints for name in metrics})) or "none",
+        )
         return []
     steps = sorted(step for step, _ in checkpoints)
     kept = set(steps[-(policy.keep_last or 1) :])

@@ -100,6 +100,10 @@ class Server:
 
     def _startup(self) -> None:
         self._loop = asyncio.get_running_loop()
+        if self._root.exists() and not self._root.is_dir():
+            raise CheckpointError(f"--root {self._root} is no directory")
+        if not self._config.embedded and not self._root.exists():
+            log.warning("the root %s does not exist yet: is its volume mounted?", self._root)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal, number)
         self._context = zmq.Context(1)

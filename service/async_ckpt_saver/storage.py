@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -35,6 +36,8 @@ def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
         os.unlink(probe)
     except OSError as error:
         undo()
-        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}. Make it writable for uid "
-                              f"{os.getuid()}, or choose another directory") from error  # fmt: skip
+        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        advice = f"make it writable for uid {os.getuid()}, or choose another directory" if denied else (
+            "choose another directory")  # fmt: skip
+        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}: {advice}") from error
     return undo

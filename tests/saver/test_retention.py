@@ -53,7 +53,8 @@ def test_applying_it_again_takes_nothing_more(checkpoints: Checkpoints, policy: 
 def test_a_checkpoint_stays_if_and_only_if_a_rule_keeps_it(checkpoints: Checkpoints, policy: Policy) -> None:
     steps = [step for step, _ in checkpoints]
     kept = set(steps) - set(expired(checkpoints, policy))
-    if policy == Policy():
+    unknown = policy.keep_best is not None and not any("loss" in found for _, found in checkpoints)
+    if policy == Policy() or unknown:
         assert kept == set(steps)
         return
     expected = {max(steps)} if steps else set()
@@ -224,3 +225,10 @@ def test_one_that_cannot_be_removed_does_not_stop_the_others(
     assert "denied" in caplog.text
     assert steps_in(run) == [1, 3, 4, 5]
     assert latest(run) == run / "checkpoint-5"
+
+
+def test_a_mistyped_metric_costs_no_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints: Checkpoints = [(1, {"eval_loss": 2.0}), (2, {"eval_loss": 1.0}), (3, {})]
+    assert expired(checkpoints, Policy(keep_best=("eval_los", "min", 1))) == []
+    assert "no checkpoint has metrics['eval_los'] (there are: eval_loss)" in caplog.text
+    assert expired(checkpoints, Policy(keep_best=("eval_loss", "min", 1))) == [1]
