@@ -66,11 +66,21 @@ def test_the_image_is_pinned(model: Any, tmp_path: Path) -> None:
         assert all(target.is_pinned() for target in targets)
 
 
-def test_a_step_that_overwrites_everything_tears_nothing(model: Any, tmp_path: Path) -> None:
-    """The copy waits behind a busy stream, and the step that follows at once must wait for the copy, on the device."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+@pytest.mark.parametrize("staging", ["overlap", "sync"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        lambda parameters: torch.optim.AdamW(parameters, lr=1.0),
+        lambda parameters: torch.optim.AdamW(parameters, lr=1.0, fused=True),
+    ],
+)
+def test_a_step_that_overwrites_everything_tears_nothing(model: Any, tmp_path: Path, make: Any, staging: Any) -> None:
+    """The copy waits behind a busy stream, and the step that follows at once must wait for the copy, on the device.
+    AdamW's step counts are host tensors, so both kinds of copy are under way."""
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
     busy = torch.rand(2048, 2048, device=DEVICE)
-    with async_ckpt.attach(model, optimizer, directory=tmp_path) as ckpt:
+    with async_ckpt.attach(model, optimizer, directory=tmp_path, staging=staging) as ckpt:
         for step in range(1, 51):
             fill(model, float(step))
             for _ in range(4):

@@ -229,3 +229,27 @@ def test_a_report_waits_for_the_copies_before_it(run: Path) -> None:
     held.set()
     rig.staging.close()
     assert order == [5, "skipped 6"]
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_the_fence_waits_for_every_device_copy_whatever_else_is_under_way(
+    run: Path, monkeypatch: pytest.MonkeyPatch, host: bool
+) -> None:
+    """AdamW's step counts lie on the host though its moments lie on the device. Streams and events are stand-ins."""
+    waited: list[object] = []
+
+    class Stream:
+        def wait_event(self, event: object) -> None:
+            waited.append(event)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    rig = Rig(run, overlap=True)
+    copy = Copy(rig.slots[0], 5, lambda: None, lambda copy: None)
+    copy.device_events = [(torch.device("cuda", 0), "first"), (torch.device("cuda", 1), "second")]
+    copy.host = ([torch.zeros(1)], [torch.zeros(1)]) if host else ([], [])
+    if host:
+        copy.copied.set()
+    rig.staging._in_flight.append(copy)
+    rig.staging.fence()
+    assert waited == ["first", "second"]
+    rig.staging.close()

@@ -55,6 +55,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+def adafactor(model: Any) -> torch.optim.Optimizer:
+    """Rows and columns of the second moment; under FSDP1, whose parameters are flat, a whole one."""
+    return torch.optim.Adafactor(trained(model), lr=0.05)
+
+
 class Training:
     """Everything of a run: model, optimizer, scheduler, loader, and noise from every generator in the loss."""
 
@@ -313,6 +318,8 @@ def _cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
         yield f"bitwise-{kind}", functools.partial(goes_on_bit_by_bit, kind=kind, make=adamw)
     for name, make in OPTIMIZERS.items():
         yield f"bitwise-fsdp2-{name}", functools.partial(goes_on_bit_by_bit, kind="fsdp2", make=make)
+    for kind in ("ddp", "fsdp1"):  # torch 2.13's own Adafactor cannot step DTensors
+        yield f"bitwise-{kind}-adafactor", functools.partial(goes_on_bit_by_bit, kind=kind, make=adafactor)
     for case in (starts_where_nothing_had_begun, several_optimizers, any_optimizer_attaches, differences_are_listed,
                  weights_alone_from_a_whole_checkpoint, diverged_replicas_are_named, a_scaler_goes_on,
                  torchs_stateful_loader_goes_on, state_that_is_neither_json_nor_tensor_is_refused_by_its_path,
