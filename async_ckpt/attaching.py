@@ -28,8 +28,9 @@ from async_ckpt.core.retention_policy import KeepBest, Policy
 from .checkpointer import Checkpointer, Joined, Settings
 from .client import Client, SaverRestarted
 from .embedded import EmbeddedSaver
+from .mapped import Slot
 from .plan import Plan, Selection, plan_checkpoint
-from .staging import Slot, Staging
+from .staging import Staging
 from .topology import Topology, discover
 from .training_state import Stateful, make_parts
 

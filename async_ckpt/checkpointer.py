@@ -19,24 +19,18 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.manifest import (
-    FORMAT,
-    MANIFEST_NAME,
-    Manifest,
-    checkpoint_name,
-    committed,
-    parse_step,
-    read_manifest,
-)
+from async_ckpt.core.manifest import checkpoint_name
 from async_ckpt.core.protocol import Failed, SaveRecord, Settled, Skipped, Staged, Started
 
+from . import restoring
 from .client import Client
 from .handle import SaveHandle
-from .opening import OpenCheckpoint
+from .mapped import Slot
 from .plan import Plan, save_record
 from .restore import Restored
+from .restoring import Found
 from .sharding import reshard
-from .staging import Copy, MakeRecord, Slot, Staging
+from .staging import Copy, MakeRecord, Staging
 from .stats import Stats
 
 log = logging.getLogger(__name__)
@@ -149,23 +143,16 @@ class Checkpointer:
         if self._closed:
             raise CheckpointError("restore() after close(): attach again")
         self._restored_or_warned = True
-        found = self._find(checkpoint)
+        slots = self._staging.slots
+        found = (
+            self._newest() if checkpoint == "latest" else restoring.find(checkpoint, self._settings.directory, slots)
+        )
         if found is None:
             return None
-        path, image = found
-        description = _describe(path)
         self.fence()
         reshard(self._model)
-        source: Literal["ram", "disk"] = "disk"
-        if image is not None and image.exists():
-            try:
-                OpenCheckpoint(self._plan, path, image).read()
-                # A slot of this run may have been taken by another rank's next save while we read.
-                source = "ram" if self._is_still(image, description.step) else "disk"
-            except CheckpointError as error:
-                log.warning("the image in RAM cannot be used (%s); reading %s", error, path)
-        if source == "disk":
-            OpenCheckpoint(self._plan, path, path).read()
+        description, source = restoring.read(self._plan, found, slots)
+        path = found.path
         step, given = description.step, path
         if path.parent.resolve() == self._settings.directory:
             self._newest_step = step if self._newest_step is None else max(step, self._newest_step)
@@ -387,34 +374,16 @@ class Checkpointer:
 
     # --- restore and leave -----------------------------------------------------------------------------------------
 
-    def _find(self, checkpoint: str | int | os.PathLike[str]) -> tuple[Path, Path | None] | None:
-        """The committed directory, and its image in RAM if there is one."""
-        directory = self._settings.directory
-        if not isinstance(checkpoint, str | os.PathLike):
-            try:
-                checkpoint = operator.index(checkpoint)
-            except TypeError as error:
-                raise CheckpointError(f"restore({checkpoint!r}): give 'latest', a step, or a path") from error
-            return directory / checkpoint_name(checkpoint), self._own_image(checkpoint)
-        if checkpoint != "latest":
-            return Path(checkpoint), None
+    def _newest(self) -> Found | None:
+        """What this run has committed last, else what lay there when it began: the same on every rank."""
         for handle in list(self._open.values()):
             handle.wait_released(self._settings.timeout_s)
         if self._committed is not None:
-            step = self._committed.step
-            return directory / checkpoint_name(step), self._own_image(step)
+            return restoring.find(self._committed.step, self._settings.directory, self._staging.slots)
         if self._resume is None:
             return None
         image = Path(self._resume.image) if self._resume.image is not None else None
-        return directory / checkpoint_name(self._resume.step), image
-
-    def _is_still(self, image: Path, step: int) -> bool:
-        ours = {slot.paths.image for slot in self._staging.slots}
-        return image not in ours or self._own_image(step) == image
-
-    def _own_image(self, step: int) -> Path | None:
-        slots = self._staging.slots
-        return next((slot.paths.image for slot in slots if slot.state.complete_step() == step), None)
+        return Found(self._settings.directory / checkpoint_name(self._resume.step), image)
 
     def _leave(self, copy_timeout_s: float | None) -> None:
         if self._closed:
@@ -431,14 +400,3 @@ class Checkpointer:
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:
             self._leave(_LEAVE_S)
-
-
-def _describe(path: Path) -> Manifest:
-    """The manifest, or what stands for it where another program wrote the checkpoint."""
-    if not path.is_dir():
-        there = ", ".join(str(step) for step, _ in committed(path.parent)[-8:]) or "none"
-        raise CheckpointError(f"there is no checkpoint at {path}; committed steps in {path.parent}: {there}")
-    if (path / MANIFEST_NAME).exists() or not any(path.glob("*.safetensors")):
-        return read_manifest(path)
-    step = parse_step(path.name)
-    return Manifest(format=FORMAT, step=-1 if step is None else step, metrics={}, extra=None, files={})

@@ -18,9 +18,9 @@ from async_ckpt.core.protocol import Claim, ImageFile, Layout, SaveRecord
 from .adapter import holds_adapters, plan_adapter
 from .contents import SAFETENSORS_DTYPE, Contents, joined
 from .full_model import plan_full_model
+from .mapped import Part
 from .restore import Target
 from .sharding import Shard, find_shards
-from .staging import Part
 from .training_state import TENSORS_FILE, Parts, TrainingState
 
 DEFAULT_ADAPTER = "default"  # PEFT's own name for the first adapter

@@ -14,8 +14,8 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import FileLayout, TensorSpec, header_bytes, parse_file
 from async_ckpt.core.region import Region
 
+from .mapped import image_view
 from .sharding import Shard
-from .staging import image_view
 
 _SHOWN = 8  # differences listed before "and N more"
 
