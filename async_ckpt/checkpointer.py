@@ -259,15 +259,14 @@ class Checkpointer:
             return False
         started_s = time.perf_counter()
         # Once waited for in vain, and nothing heard of the saver since: every save would cost the whole timeout.
-        hopeless = occupant is self._stuck and self._client.silent
+        hopeless = occupant is self._stuck and self._client.silent()
         free = occupant.wait_released(0.0 if hopeless else self._settings.timeout_s)
         self._stuck = None if free else occupant
         self._stats.busy_wait_s += time.perf_counter() - started_s
         if not free:
             held = f"slot {slot.index} still holds step {occupant.step}"
-            if self._client.silent:
-                reason = (f"{held}, and the saver at {self._client.endpoint} does not answer: is it running? What is "
-                          f"staged is safe in shared memory, and is committed when one starts there")  # fmt: skip
+            if self._client.silent():
+                reason = f"{held}, and {self._client.silence}"
             else:
                 reason = (f"{held} after {self._settings.timeout_s:g} s: storage does not keep up, see "
                           f"{self._settings.saver}")  # fmt: skip
@@ -353,6 +352,8 @@ class Checkpointer:
             handle.release()
             handle.commit(settled)
             self._stats.ended(handle)
+            if settled.reason:
+                log.warning("step %d was saved, but %s (see %s)", handle.step, settled.reason, self._settings.saver)
         else:
             reason = settled.reason
             if settled.outcome == "failed":
@@ -395,7 +396,9 @@ class Checkpointer:
         atexit.unregister(self._at_exit)
         self._on_close()
         for handle in list(self._open.values()):
-            handle.end("failed", "the checkpointer was closed before the outcome was known; the saver goes on")
+            if handle.end("failed", "the checkpointer was closed before the outcome was known; the saver goes on"):
+                self._stats.ended(handle)
+                log.warning("step %d: closed before its outcome was known; the saver goes on with it", handle.step)
 
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:

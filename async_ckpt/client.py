@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 _PING_S = 1.0
 _REPEAT_S = 2.0  # after which an unacknowledged message is sent again
 _SILENCE_S = 3.0  # after which an embedded saver is looked after
+_UNANSWERED = 2  # and so many pings
 _SILENT_S = 10.0  # after which one full timeout is enough to wait for a saver
 _REACH_S = 30.0  # how long a named saver may take to answer at all: a sidecar may start after the trainer
 _GRACE_S = 10.0  # beyond timeout_s, so that the saver's own words on what is missing arrive first
@@ -91,6 +92,7 @@ class Client:
         self._incarnation: str | None = None
         self._reached = threading.Event()
         self._heard_s = time.monotonic()
+        self._unanswered = 0  # pings since then: after a pause of our own, time alone says nothing about the saver
         self._warned = False
         self._started = False
         self._leaving = False
@@ -138,10 +140,16 @@ class Client:
             self._sequence += 1
             self._post(make(self._sequence))
 
+    def silent(self, for_s: float = _SILENT_S) -> bool:
+        """Nothing has come from the saver for so long, though it is asked every second."""
+        return self._unanswered > _UNANSWERED and time.monotonic() - self._heard_s > for_s
+
     @property
-    def silent(self) -> bool:
-        """Nothing has come from the saver for a while, though it is asked every second."""
-        return time.monotonic() - self._heard_s > _SILENT_S
+    def silence(self) -> str:
+        """What to say and to do while the saver is silent."""
+        which = f"at {self.endpoint}" if self._embedded is None else self._embedded.which
+        return (f"the saver {which} does not answer: is it running? What is staged is safe in shared memory, and is "
+                f"committed when a saver answers there")  # fmt: skip
 
     def expect(self, step: int) -> None:
         """Ask for the outcome of `step` until `unexpect` is called."""
@@ -173,6 +181,8 @@ class Client:
         self._wake()
         reach_s = min(timeout_s, _REACH_S)
         if not self._reached.wait(reach_s):
+            if self._embedded is not None and self._embedded.alive():
+                raise CheckpointError(f"no answer after {reach_s:g} s: {self.silence}")
             raise CheckpointError(
                 f"no saver answers at {self.endpoint} after {reach_s:g} s: is it running? "
                 f"`async-ckpt-saver run --bind {self.endpoint} --root DIR` starts one, or leave out saver= (and "
@@ -217,7 +227,7 @@ class Client:
                 pinged_s = now_s
                 self._ping()
                 self._repeat(now_s)
-                if now_s - self._heard_s > _SILENCE_S:
+                if self.silent(_SILENCE_S):
                     self._look_after_saver()
             ready = dict(poller.poll(1000 if self._reached.is_set() else 100))
             if self._wake_fd in ready:
@@ -225,6 +235,7 @@ class Client:
             self._send_inbox()
             if self._socket in ready and self._drain_socket():
                 self._heard_s = time.monotonic()
+                self._unanswered = 0
                 self._warned = False
 
     def _say_again(self, pending: _Request, pong: Pong) -> None:
@@ -239,6 +250,7 @@ class Client:
     def _ping(self) -> None:
         with self._lock:
             unsettled = sorted(self._unsettled)
+        self._unanswered += 1
         self._send(Ping(unsettled=unsettled))
 
     def _send(self, message: FromRank) -> None:
@@ -274,22 +286,20 @@ class Client:
                 self._send_payload(payload)
 
     def _look_after_saver(self) -> None:
-        if self._embedded is None:
-            if self.silent and not self._warned:
+        if self._embedded is None or self._embedded.alive():
+            if self.silent() and not self._warned:
                 self._warned = True
-                log.warning("the saver at %s does not answer: is it running? What is staged is safe in shared memory, "
-                            "and is committed when a saver starts there", self.endpoint)  # fmt: skip
-            return
-        if self._embedded.alive():
+                log.warning("%s", self.silence)
             return
         if self._leaving and not self._unsettled:
             self._unacknowledged.clear()  # it has ended because everyone has left
             self._all_acknowledged.set()
             return
-        log.warning("the embedded saver is gone; starting another (log: %s)", self._embedded.log_path)
+        log.warning("the embedded saver is gone, killed by somebody or by the kernel for want of memory (see `dmesg`); "
+                    "starting another (log: %s)", self._embedded.log_path)  # fmt: skip
         try:
             self._embedded.ensure()
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             log.error("%s", error)
 
     def _drain_socket(self) -> bool:

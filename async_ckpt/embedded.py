@@ -48,11 +48,30 @@ class EmbeddedSaver:
             os.close(lock)
         return False
 
+    @property
+    def which(self) -> str:
+        """The saver that holds the lock, for people: it wrote its pid down there."""
+        try:
+            pid = (self._home / "saver.sock.lock").read_text().strip()
+        except OSError:
+            pid = ""
+        return f"with pid {pid or 'unknown'} (a stopped one goes on after `kill -CONT`; log: {self.log_path})"
+
     def ensure(self) -> None:
         """Return when a saver is there. Of many ranks that ask at once, one starts it and the others wait.
 
-        Raises CheckpointError with the end of the saver's log if it does not come up.
+        Raises CheckpointError with the end of the saver's log if it does not come up, or if its own files cannot be
+        made.
         """
+        try:
+            self._ensure()
+        except OSError as error:
+            raise CheckpointError(
+                f"no saver can be started, its files in {self._home} cannot be made ({error}): free some space there, "
+                f"or set TMPDIR to a directory that can be written to"
+            ) from error
+
+    def _ensure(self) -> None:
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while not self.alive():
             private_directory(self._home)  # a tidy machine may have removed it

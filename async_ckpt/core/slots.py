@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import hashlib
 import mmap
 import os
@@ -38,6 +39,10 @@ _CELL = struct.Struct("<QqdQ")  # phase, step, copy_s, xxh64 of the three
 _CELL_BYTES = 64  # a cache line a rank: neighbours do not slow each other down
 _HEADER = struct.Struct("<8sQq")  # magic, world, the last step of this slot whose outcome was told
 _MAGIC = b"ackptst1"
+_MORE_SPACE = (
+    "Raise it: `docker run --shm-size=...`, in Kubernetes an emptyDir with medium: Memory on /dev/shm, elsewhere "
+    "`mount -o remount,size=... /dev/shm`"
+)
 _RACES = 100  # tries against savers that end just now
 
 
@@ -93,9 +98,13 @@ def private_directory(path: Path) -> Path:
 def _made(path: Path) -> os.stat_result:
     """Another saver that ends removes the directory it shares with us when that is empty: then it is made again."""
     for _ in range(_RACES):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
             return path.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be made: {error.strerror or error}") from error
     raise CheckpointError(f"{path} cannot be made: somebody removes it again and again")
 
 
@@ -167,11 +176,13 @@ class SlotPaths:
         return self._run / f"{self._name}.record-{rank}"
 
     def write_record(self, rank: int, record: SaveRecord) -> None:
-        """Replace the rank's record in one step, so that a kill leaves the old one or the new one."""
+        """Replace the rank's record in one step, so that a kill leaves the old one or the new one.
+
+        It is as large as the save's documents, which nobody knows at attach, so its space cannot be reserved like the
+        image's. Raises CheckpointError if shared memory is full, or if the run was removed from it.
+        """
         path = self.record(rank)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(msgspec.msgpack.encode(record))
-        temporary.replace(path)
+        _replace(path, msgspec.msgpack.encode(record))
 
     def read_record(self, rank: int) -> SaveRecord:
         """Raises CheckpointError if the record is missing or damaged."""
@@ -211,9 +222,13 @@ def create_slots(run: Path, record: RunRecord, layout: Layout) -> list[SlotPaths
             _create_image(slot.image, layout)
             StateFile.create(slot.state, record.options.world)
         write_journal(run, record)
+    except CheckpointError:
+        shutil.rmtree(run, ignore_errors=True)
+        raise
     except OSError as error:
         shutil.rmtree(run, ignore_errors=True)
-        raise CheckpointError(f"cannot prepare the slots in {run}: {error}") from error
+        advice = f". {_MORE_SPACE}; or attach with fewer slots" if error.errno == errno.ENOSPC else ""
+        raise CheckpointError(f"cannot prepare the slots in {run}: {error}{advice}") from error
     return slots
 
 
@@ -239,8 +254,7 @@ def _require_space(layout: Layout, slots: int) -> None:
     if needed_bytes > available_bytes:
         raise CheckpointError(
             f"/dev/shm has {available_bytes} bytes available, but {slots} slots of this model need {needed_bytes}. "
-            f"Raise it: `docker run --shm-size=...`, in Kubernetes an emptyDir with medium: Memory on /dev/shm, "
-            f"elsewhere `mount -o remount,size=... /dev/shm`; or attach with fewer slots"
+            f"{_MORE_SPACE}; or attach with fewer slots"
         )
 
 
@@ -262,9 +276,29 @@ def _create_image(image: Path, layout: Layout) -> None:
 
 
 def write_journal(run: Path, record: RunRecord) -> None:
-    temporary = run / "run.msgpack.tmp"
-    temporary.write_bytes(msgspec.msgpack.encode(record))
-    temporary.replace(run / "run.msgpack")
+    """Raises CheckpointError if shared memory is full; then the journal is as it was."""
+    _replace(run / "run.msgpack", msgspec.msgpack.encode(record))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            info = os.statvfs(SHM)
+            raise CheckpointError(
+                f"/dev/shm is full: {info.f_bavail * info.f_frsize} bytes available, {path} needs {len(content)}. "
+                f"Free some there, or raise its size. {_MORE_SPACE}"
+            ) from error
+        if error.errno == errno.ENOENT:
+            raise CheckpointError(
+                f"somebody removed {path.parent} from shared memory (systemd does so when a user logs out: set "
+                f"RemoveIPC=no): attach again"
+            ) from error
+        raise
 
 
 def new_run_path(endpoint: str) -> Path:

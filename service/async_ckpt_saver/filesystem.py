@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -14,6 +15,8 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 # What kernels and filesystems answer when they do not have an operation, as opposed to failing in it.
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+# What this process made and could not remove.
+_unremoved: set[str] = set()
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:
@@ -33,7 +36,11 @@ def fsync_directory(path: str | os.PathLike[str]) -> None:
 
 
 def make_directories(path: str) -> None:
-    """Make `path` and its missing parents, so that they survive power loss. Raises OSError."""
+    """Make `path` and its missing parents, so that they survive power loss.
+
+    Raises OSError; then the one whose name could not be made durable is gone again. Left there, the next call would
+    find it and never sync its name, and a power loss would take every checkpoint in it.
+    """
     missing = []
     while not os.path.isdir(path):
         missing.append(path)
@@ -45,7 +52,12 @@ def make_directories(path: str) -> None:
             # Another commit may have made it since; anything but a directory is an error.
             if not os.path.isdir(made):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), made) from None
-        fsync_directory(os.path.dirname(made))
+        try:
+            fsync_directory(os.path.dirname(made))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.rmdir(made)
+            raise
 
 
 def rename_new(source: str, destination: str) -> None:
@@ -81,8 +93,19 @@ def remove_tree(path: str) -> bool:
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
+        _unremoved.discard(path)
         return True
     except OSError as error:
-        logger.error("%s could not be removed, its space stays taken: %s", path, error)
+        _unremoved.add(path)
+        logger.error(
+            "%s could not be removed, its space stays taken until the next commit tries again: %s", path, error
+        )
         return False
+    _unremoved.discard(path)
     return True
+
+
+def remove_again(directory: str) -> None:
+    """Delete what `remove_tree` could not delete in `directory`, since the filesystem itself had failed."""
+    for path in [path for path in _unremoved.copy() if os.path.dirname(path) == directory]:
+        remove_tree(path)

@@ -14,7 +14,6 @@ from .desk import Desk
 from .image import RunImage
 from .services import Services
 from .watch import ProcessWatch
-from .writer import sweep
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +23,15 @@ class Hub:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._watch = ProcessWatch(services.loop, self._process_gone, lease_s=services.lease_s)
+        self._watch = ProcessWatch(services.loop, services.now_s, self._process_gone, lease_s=services.lease_s)
         self._desks: dict[str, Desk] = {}
         self._places: dict[bytes, Desk] = {}
 
     def adopt(self) -> None:
         """Go on with what an earlier saver on this endpoint left: commit what is complete, wait for living ranks."""
-        swept: set[str] = set()
         for image in RunImage.left_behind(self._services.endpoint):
             try:
-                self._adopt(image, swept)
+                self._adopt(image)
             except Exception:  # one run that cannot be gone on with must not keep the saver from all the others
                 log.exception("run %s of %s is left as it is", image.path, image.directory)
 
@@ -48,6 +46,7 @@ class Hub:
         self._watch.close()
 
     def tick(self) -> None:
+        self._services.clock.tick()
         self._watch.check_leases()
         for desk in list(self._desks.values()):
             desk.tick()
@@ -92,13 +91,10 @@ class Hub:
         elif isinstance(key, bytes) and key in self._places:
             self._places[key].process_gone(key)
 
-    def _adopt(self, image: RunImage, swept: set[str]) -> None:
+    def _adopt(self, image: RunImage) -> None:
         if not Path(image.directory).resolve().is_relative_to(self._services.root):
             raise CheckpointError(f"{image.directory} is outside the root {self._services.root}")
         log.info("found run %s of %s", image.path, image.directory)
-        if image.directory not in swept:
-            sweep(image.directory)  # a saver that was killed may have left half a commit
-            swept.add(image.directory)
         desk = self._desk(image.directory)
         for peer in image.record.peers:
             self._places[peer.identity] = desk

@@ -50,8 +50,8 @@ class RunImage:
 
     @classmethod
     def left_behind(cls, endpoint: str) -> list[RunImage]:
-        """The runs of an earlier saver on this endpoint, oldest first. One that had not started is removed, since its
-        ranks will register again, and so is one whose slots are damaged."""
+        """The runs of an earlier saver on this endpoint. One that had not started is removed, since its ranks will
+        register again, and so is one whose slots are damaged."""
         found = []
         for path, record in read_journals(endpoint):
             try:
@@ -59,10 +59,10 @@ class RunImage:
                 if record.started is None:
                     remove_run(path)
                     continue
-                found.append((path.stat().st_ctime_ns, cls(path, record, [s for s in slots if s.state.exists()])))
+                found.append(cls(path, record, [slot for slot in slots if slot.state.exists()]))
             except (OSError, CheckpointError):
                 remove_run(path)
-        return [image for _, image in sorted(found, key=lambda each: each[0])]
+        return found
 
     def start(self, started: Started) -> None:
         """Note in the journal what the ranks are about to be told."""

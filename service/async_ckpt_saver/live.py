@@ -33,6 +33,7 @@ from .recovery import commit_once
 from .retention import apply_policy
 from .run import Action, Commit, Run
 from .services import Services
+from .writer import sweep
 
 log = logging.getLogger(__name__)
 
@@ -100,11 +101,10 @@ class LiveRun:
 
     def recover(self) -> None:
         """Take up what an earlier saver left: the journal is what the ranks had said, the disk what it had done."""
-        for step, path in manifest.committed(Path(self.image.directory)):
-            found = manifest.read_manifest(path)
-            if found.run == self.image.path.name:
-                total_bytes = sum(file.bytes for file in found.files.values())
-                self._machine.know(Settled(step=step, slot=0, outcome="committed", path=str(path), bytes=total_bytes))
+        try:
+            self._know_committed()
+        except CheckpointError as error:  # what it had done is found out again when a step of it is to be committed
+            log.error("%s cannot be read: %s", self.image.directory, error)
         for cell in self.image.staged_cells():
             told = cell.step <= self.image.states[cell.slot].settled_step
             if told and self._machine.settled(cell.step) is None:
@@ -115,6 +115,14 @@ class LiveRun:
                     )
                 )
             self._perform(self._machine.report(cell.rank, cell.slot, cell.step, "staged"))
+
+    def _know_committed(self) -> None:
+        sweep(self.image.directory)  # half a commit, and names that are not durable yet
+        for step, path in manifest.committed(self.image.directory):
+            found = manifest.read_manifest(path)
+            if found.run == self.image.path.name:
+                total_bytes = sum(file.bytes for file in found.files.values())
+                self._machine.know(Settled(step=step, slot=0, outcome="committed", path=str(path), bytes=total_bytes))
 
     def receive(self, rank: int, message: FromRank) -> None:
         if isinstance(message, Ping):
@@ -174,7 +182,7 @@ class LiveRun:
             started = Started(resume=resume, newest_step=resume.step if resume is not None else None)
             self.image.start(started)
         except (OSError, CheckpointError) as error:
-            self._on_fail(f"the newest checkpoint in {self.image.directory} cannot be told: {error}")
+            self._on_fail(f"the run in {self.image.directory} cannot be started: {error}")
             return
         log.info("run %s of %s started, %d ranks", self.image.path, self.image.directory, self._machine.world)
         self.tell_all(started)
@@ -213,6 +221,7 @@ class LiveRun:
                 bytes=result.bytes,
                 write_s=result.write_s,
                 commit_s=result.commit_s,
+                reason="" if result.latest_moved else "`latest` could not be moved to it",
             )
             self._perform(self._machine.commit_done(order.step, settled))
             self._on_commit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -91,8 +92,9 @@ class Server:
             except BlockingIOError:
                 time.sleep(0.01)
                 continue
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+            with contextlib.suppress(OSError):  # a full disk: it is only for people to read
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
             return lock
         holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
         os.close(lock)

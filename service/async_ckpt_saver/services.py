@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from async_ckpt.core.protocol import FromSaver
 
+from .clock import RunningClock
+
 T = TypeVar("T")
 
 
@@ -36,8 +38,11 @@ class Services:
         default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="storage")
     )
 
+    def __post_init__(self) -> None:
+        self.clock = RunningClock(self.loop.time)
+
     def now_s(self) -> float:
-        return self.loop.time()
+        return self.clock.now_s()
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
         task = self.loop.create_task(work)

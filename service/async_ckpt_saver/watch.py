@@ -21,9 +21,15 @@ class ProcessWatch:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, on_exit: Callable[[Hashable], None], *, lease_s: float = 30.0
+        self,
+        loop: asyncio.AbstractEventLoop,
+        now_s: Callable[[], float],
+        on_exit: Callable[[Hashable], None],
+        *,
+        lease_s: float = 30.0,
     ) -> None:
         self._loop = loop
+        self._now_s = now_s
         self._on_exit = on_exit
         self._lease_s = lease_s
         self._pidfds: dict[Hashable, int] = {}
@@ -34,7 +40,7 @@ class ProcessWatch:
     def add(self, key: Hashable, process: Process) -> None:
         self.discard(key)
         if process.pid_namespace != self._namespace:
-            self._last_seen_s[key] = self._loop.time()
+            self._last_seen_s[key] = self._now_s()
             return
         try:
             pidfd = os.pidfd_open(process.pid)
@@ -65,10 +71,10 @@ class ProcessWatch:
 
     def seen(self, key: Hashable) -> None:
         if key in self._last_seen_s:
-            self._last_seen_s[key] = self._loop.time()
+            self._last_seen_s[key] = self._now_s()
 
     def check_leases(self) -> None:
-        now_s = self._loop.time()
+        now_s = self._now_s()
         for key in [key for key, seen_s in self._last_seen_s.items() if now_s - seen_s > self._lease_s]:
             self._exited(key)
         for key, process in list(self._polled.items()):

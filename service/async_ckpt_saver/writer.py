@@ -31,11 +31,19 @@ from async_ckpt.core.manifest import (
 )
 
 from .datafile import StepHook, Written, write_bytes, write_image_file
-from .filesystem import fsync_directory, make_directories, remove_tree, rename_new
+from .filesystem import fsync_directory, make_directories, remove_again, remove_tree, rename_new
 from .latest_link import point_latest
 from .temporaries import check_nonce, claim, held, leftovers, new_nonce
 
 logger = logging.getLogger(__name__)
+
+_ADVICE = {
+    errno.ENOSPC: "free some space there, or keep fewer checkpoints (keep_last=)",
+    errno.EDQUOT: "raise the quota, or keep fewer checkpoints (keep_last=)",
+    errno.EROFS: "make it writable again (`mount -o remount,rw`); a filesystem that turned read-only by itself has met "
+    "an error, see `dmesg`",
+    errno.EIO: "the device or its filesystem fails, see `dmesg`",
+}
 
 
 class CommitJob(msgspec.Struct, frozen=True):
@@ -155,6 +163,7 @@ def _temporary_directory(job: CommitJob, nonce: str, step_hook: StepHook) -> Ite
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), job.final)
     step_hook("mkdir")
     make_directories(job.directory)
+    remove_again(job.directory)  # its space may be wanted
     with claim(name):
         os.mkdir(path)
         try:
@@ -226,6 +235,8 @@ def _withdraw(final: str, temporary: str) -> None:
     """Take back a name that is not durable."""
     try:
         rename_new(final, temporary)
+    except FileNotFoundError:
+        return  # somebody has removed it, or the whole directory
     except OSError as error:
         # Its content is whole, so nobody who reads it is harmed; that it is there has to be said.
         raise CheckpointError(f"syncing the directory failed and {final} could not be withdrawn: {error}") from error
@@ -267,4 +278,5 @@ def _commit_error(job: CommitJob, error: Exception) -> CommitError:
         return AlreadyCommittedError(f"{subject}: {job.final} exists already", error.errno)
     code = error.errno if isinstance(error, OSError) else None
     known = isinstance(error, (OSError, CheckpointError))
-    return CommitError(f"{subject}: {error if known else repr(error)}", code)
+    advice = f": {_ADVICE[code]}; the next save tries again" if code in _ADVICE else ""
+    return CommitError(f"{subject}: {error if known else repr(error)}{advice}", code)
