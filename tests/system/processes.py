@@ -35,6 +35,7 @@ from tests.ranks import ROOT, RanksError
 
 T = TypeVar("T")
 _HOME_VARIABLE = "ASYNC_CKPT_TEST_HOME"
+NAMESPACE_VARIABLE = "ASYNC_CKPT_TEST_NAMESPACE"  # the mount namespace that a rank of this job lives in
 _PRELOADED = ["tests.system.training"]
 _starting = threading.Lock()  # multiprocessing's table of children is not made for several threads
 
@@ -246,12 +247,20 @@ class Job:
             raise RanksError(f"{self.target}: exit statuses {self.statuses} before {mark}\n{self.printed()}")
 
 
-def run_cases(module: str, names: Sequence[str], world: int, folder: Path, timeout_s: float = 150.0) -> dict[str, str]:
+def run_cases(
+    module: str,
+    names: Sequence[str],
+    world: int,
+    folder: Path,
+    timeout_s: float = 150.0,
+    *,
+    env: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """Run these of the functions in `module.CASES` on `world` ranks, each in a folder of its own, one after the other.
 
     Returns what failed in each, "" where nothing did.
     """
-    with Job("tests.system.processes:several_cases", world, folder, module, *names) as job:
+    with Job("tests.system.processes:several_cases", world, folder, module, *names, env=env) as job:
         try:
             job.wait(timeout_s)
         except RanksError as error:
@@ -337,6 +346,10 @@ def _rank(target: str, folder: str, args: Sequence[str], variables: dict[str, st
     os.environ.clear()
     os.environ.update(variables)
     tempfile.tempdir = None
+    if namespace := variables.get(NAMESPACE_VARIABLE):
+        from tests.system.faults import enter
+
+        enter(namespace)
     os.chdir(ROOT)
     with _ending():
         import torch
