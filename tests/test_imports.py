@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,16 @@ def test_neither_package_unpickles() -> None:
     for file in files:
         assert "import pickle" not in file.read_text(), file
         assert "torch.load(" not in file.read_text(), file
+
+
+def test_the_wall_clock_is_told_to_people_and_decides_nothing() -> None:
+    """It jumps, and time stamps of files follow it. The one reading of it is the date in a manifest."""
+    readings = re.compile(r"time\.time\b|time_ns\b|datetime|CLOCK_REALTIME|st_[acm]time|getmtime|getctime")
+    files = [*(ROOT / "async_ckpt").rglob("*.py"), *(ROOT / "service").rglob("*.py")]
+    assert len(files) > 30
+    found = [f"{file.name}: {line.strip()}" for file in files for line in file.read_text().splitlines()
+             if readings.search(line)]  # fmt: skip
+    assert found == ["writer.py: created_unix_s=time.time(),"]
 
 
 def test_attach_without_torch_names_the_extra() -> None:

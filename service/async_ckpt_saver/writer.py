@@ -183,6 +183,7 @@ def _fill_and_publish(job: CommitJob, temporary: str, step_hook: StepHook) -> Co
         step_hook(f"fsync-directory:{os.path.relpath(directory, temporary)}")
         fsync_directory(directory)
     step_hook("rename")
+    _check_there(temporary, written)
     rename_new(temporary, job.final)
     try:
         step_hook("fsync-parent")
@@ -231,6 +232,14 @@ def _write_manifest(job: CommitJob, temporary: str, entries: dict[str, FileEntry
     write_bytes(data, MANIFEST_NAME, os.path.join(temporary, MANIFEST_NAME), step_hook)
 
 
+def _check_there(temporary: str, written: dict[str, Written]) -> None:
+    """Somebody may be removing the directory that we write to. Raises OSError naming the first file that is gone."""
+    for path, file in written.items():
+        destination = os.path.join(temporary, path)
+        if os.stat(destination).st_size != file.entry.bytes:
+            raise CheckpointError(f"{destination} was changed by another program while it was written")
+
+
 def _withdraw(final: str, temporary: str) -> None:
     """Take back a name that is not durable."""
     try:
@@ -258,9 +267,14 @@ def _check(job: CommitJob, nonce: str) -> None:
 
 
 def _destination(temporary: str, path: str) -> str:
-    destination = os.path.join(temporary, path)
-    os.makedirs(os.path.dirname(destination), exist_ok=True)
-    return destination
+    """Where `path` goes. Makes what is missing below `temporary`, never that itself: if somebody has removed it, the
+    files written so far are gone, and the next one must fail."""
+    directory = temporary
+    for component in path.split("/")[:-1]:
+        directory = os.path.join(directory, component)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory)
+    return os.path.join(temporary, path)
 
 
 def _directories(temporary: str, paths: dict[str, Written]) -> list[str]:

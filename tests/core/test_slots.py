@@ -155,3 +155,23 @@ def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(CheckpointError, match="mode 0700"):
         private_directory(tmp_path / "link")
+
+
+@pytest.mark.parametrize(("code", "said"), [(28, "/dev/shm is full.*--shm-size"), (2, "RemoveIPC=no.*attach again")])
+def test_a_record_that_cannot_be_written_says_why_and_leaves_the_old_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str
+) -> None:
+    slot = create_slots(run, record(), LAYOUT)[0]
+    slot.write_record(0, SaveRecord(1, {}, None, {}))
+    write_bytes = Path.write_bytes
+
+    def half(path: Path, content: bytes) -> int:
+        write_bytes(path, content[: len(content) // 2])
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(CheckpointError, match=said):
+            slot.write_record(0, SaveRecord(2, {}, None, {}))
+    assert slot.read_record(0).step == 1
+    assert [path.name for path in run.iterdir() if path.suffix == ".tmp"] == []

@@ -594,3 +594,35 @@ async def test_another_savers_commit_under_way_is_not_swept(endpoint: str, root:
     with held(str(temporary)):
         assert leftovers(root) == []
     assert [entry.name for entry in leftovers(root)] == [temporary.name]
+
+
+@scenario
+async def test_a_saver_that_starts_on_a_failing_disk_goes_on_with_the_run(endpoint: str, root: Path) -> None:
+    """What was staged fails, or lands if the disk is back in time; the run is not given up for it."""
+    saver = Bench(endpoint, root)
+    granted = await saver.start(root / "run", "A")
+    stage(granted, 0, 0, 1)
+    saver.say("A", Staged(seq=1, slot=0, step=1, copy_s=0.1))
+    assert (await saver.hear("A", Settled)).outcome == "committed"
+    original = os.fsync
+
+    def broken(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    os.fsync = broken
+    try:
+        stage(granted, 0, 1, 2)
+        after = Bench(endpoint, root)
+        after.hub.adopt()
+        failed = await after.hear("A", Settled, 2)
+        assert (failed.step, failed.outcome) == (2, "failed")
+        assert "Input/output error" in failed.reason
+    finally:
+        os.fsync = original
+    after.say("A", Ping(unsettled=[]))
+    assert (await after.hear("A", Pong)).known
+    stage(granted, 0, 0, 3)
+    after.say("A", Staged(seq=3, slot=0, step=3, copy_s=0.1))
+    assert (await after.hear("A", Settled, 3)).outcome == "committed"
+    after.say("A", Bye(seq=4))
+    await after.until(after.gone, "everything gone")

@@ -232,3 +232,13 @@ def test_a_mistyped_metric_costs_no_checkpoint(caplog: pytest.LogCaptureFixture)
     assert expired(checkpoints, Policy(keep_best=("eval_los", "min", 1))) == []
     assert "no checkpoint has metrics['eval_los'] (there are: eval_loss)" in caplog.text
     assert expired(checkpoints, Policy(keep_best=("eval_loss", "min", 1))) == [1]
+
+
+def test_neither_the_order_of_making_nor_any_time_stamp_counts(run: Path) -> None:
+    """Clocks jump and disks are copied: only steps tell what is new."""
+    for step in range(1, 6):
+        stamp_s = 2_000_000_000 - step * 100_000_000
+        os.utime(run / f"checkpoint-{step}", (stamp_s, stamp_s))
+    assert latest(run) == run / "checkpoint-5"
+    assert apply_policy(run, Policy(keep_last=2)) == [1, 2, 3]
+    assert latest(run) == run / "checkpoint-5"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -411,3 +412,84 @@ def test_a_filesystem_without_directory_fsync_is_accepted(tmp_path: Path, monkey
 def test_point_latest_without_a_checkpoint_makes_no_link(tmp_path: Path) -> None:
     assert point_latest(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_new_directory_whose_name_cannot_be_synced_is_made_again(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left there, the next commit would take its name for durable."""
+    fsync, failed, synced = os.fsync, [], []
+
+    def fail_once(fd: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if path == str(tmp_path) and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+        synced.append(path)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(CommitError, match="Input/output error"):
+        commit(job_of(tmp_path / "run", 1, image))
+    assert not (tmp_path / "run").exists()
+    commit(job_of(tmp_path / "run", 2, image))
+    assert synced[0] == str(tmp_path)
+
+
+@pytest.mark.parametrize("point", BEFORE_DURABLE[1:-1])
+def test_a_directory_that_is_removed_during_a_commit_fails_it(run: Path, image: Path, point: str) -> None:
+    """The files before that moment are gone: what is written after it must not be published."""
+    with pytest.raises(CommitError, match="No such file or directory"):
+        commit(job_of(run, 1, image), step_hook=lambda name: shutil.rmtree(run) if name == point else None)
+    assert not run.exists()
+    commit(job_of(run, 2, image))
+    assert assert_consistent(run, image) == [2]
+
+
+@pytest.mark.parametrize("name", [ADAPTER, STATE, "README.md"])
+def test_a_file_that_is_removed_or_cut_before_the_rename_fails_the_commit(run: Path, image: Path, name: str) -> None:
+    for step, damage in enumerate((os.unlink, lambda path: os.truncate(path, 1)), 1):
+
+        def step_hook(point: str, step: int = step, damage: Callable[[str], None] = damage) -> None:
+            if point == "rename":
+                damage(f"{run}/.checkpoint-{step}.n.tmp/{name}")
+
+        with pytest.raises(CommitError, match=r"No such file|changed by another program"):
+            commit(job_of(run, step, image), nonce="n", step_hook=step_hook)
+        assert os.listdir(run) == []
+
+
+def test_a_directory_that_is_gone_when_its_name_cannot_be_synced_needs_no_withdrawal(run: Path, image: Path) -> None:
+    with pytest.raises(CommitError, match="No such file or directory") as caught:
+        commit(job_of(run, 1, image), step_hook=lambda name: shutil.rmtree(run) if name == "fsync-parent" else None)
+    assert "withdrawn" not in caught.value.reason
+    assert not run.exists()
+
+
+def test_what_could_not_be_removed_goes_with_the_next_commit(
+    run: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filesystem that has failed does not take removals either."""
+
+    def refuse(path: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        with pytest.raises(CommitError, match="Read-only"):
+            commit(job_of(run, 1, image), step_hook=failing_at("manifest", OSError(errno.EROFS, "Read-only")))
+        assert len(hidden(run)) == 1
+    other = run / ".checkpoint-9.abc.tmp"  # another saver's, or a killed one's: not ours to remove here
+    other.mkdir()
+    commit(job_of(run, 2, image))
+    assert hidden(run) == [other.name]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [(errno.ENOSPC, "keep_last"), (errno.EDQUOT, "quota"), (errno.EROFS, "remount,rw"), (errno.EIO, "dmesg")],
+)
+def test_an_error_of_the_disk_says_what_to_do(run: Path, image: Path, code: int, advice: str) -> None:
+    with pytest.raises(CommitError, match=advice) as caught:
+        commit(job_of(run, 1, image), step_hook=failing_at("manifest", OSError(code, os.strerror(code))))
+    assert "the next save tries again" in caught.value.reason

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.system.processes import until
@@ -126,7 +126,7 @@ def loop_disk(image: Path, path: Path, kind: str = "ext4") -> None:
 
 
 def shut_down(disk: Path) -> None:
-    """Every operation on this ext4 ends in EIO from now on, as after an error of its device, until it is mounted anew."""
+    """Until it is mounted anew every operation on this ext4 ends in EIO, as after an error of its device."""
     fd = os.open(disk, os.O_RDONLY)
     try:
         fcntl.ioctl(fd, _EXT4_SHUTDOWN, (1).to_bytes(4, "little"))  # without flushing the log
@@ -219,7 +219,8 @@ def memory_limit() -> Iterator[MemoryLimit]:
 
 
 def _own_cgroup() -> Path:
-    relative = next(line.rstrip("\n").split("::")[1] for line in open("/proc/self/cgroup") if line.startswith("0::"))
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    relative = next((line.split("::")[1] for line in lines if line.startswith("0::")), "/")
     return Path("/sys/fs/cgroup", relative.lstrip("/"))
 
 
@@ -232,7 +233,3 @@ def enter(namespace: str) -> None:
             raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
     finally:
         os.close(fd)
-
-
-def run(command: Sequence[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

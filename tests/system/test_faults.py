@@ -1,5 +1,5 @@
-"""Disks, memory, clocks and processes that fail under a job: training goes on, everybody hears what happened and what to
-do, nothing partial is left, and the next save works once the fault is gone.
+"""Disks, memory, clocks and processes that fail under a job: training goes on, everybody hears what happened and what
+to do, nothing partial is left, and the next save works once the fault is gone.
 
 What happens to storage happens to the saver, so each of `CASES` runs with the embedded saver and with a daemon. In a
 case the ranks make the fault themselves, in a mount namespace that they share with their saver.
@@ -15,7 +15,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -45,8 +44,6 @@ from tests.system.training import (
     check_checkpoint,
     everywhere,
     full_values,
-    keep,
-    kept,
     rank,
     reached,
     reference,
@@ -317,11 +314,10 @@ def wall_clock_jumps(folder: Path) -> None:
         by_rank_0(lambda offset_s=offset_s: steer.set_clock(-offset_s))
         by_rank_0(steer.none)
         training.lands(handle)
-    by_rank_0(lambda: until(lambda: len(list((folder / "run").glob("checkpoint-*"))) == 2, "retention"))
+    kept_by_policy = ["checkpoint-10", "checkpoint-9", "latest"]
+    by_rank_0(lambda: until(lambda: sorted(os.listdir(folder / "run")) == kept_by_policy, "retention"))
     by_rank_0(lambda: steer.set_clock(0))
     training.end()
-    if rank() == 0:
-        assert sorted(path.name for path in (folder / "run").glob("c*")) == ["checkpoint-10", "checkpoint-9"]
 
 
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -377,7 +373,245 @@ def storage(folder: Path, names: list[str], *, daemon: bool) -> Mapping[str, str
     return {f"{name}-{kind}": failure for name, failure in results.items()}
 
 
-SCENARIOS: dict[str, Scenario] = {}
+# --- shared memory, and the saver's own files ----------------------------------------------------------------------
+
+
+def shared_memory_fills_up(folder: str) -> None:
+    """The image's space is reserved; what is not is the record of a save, as large as its documents."""
+    shm = Path("/dev/shm")
+    training = Training(Path(folder, "run"))
+    training.good(1)
+    large = {"note": "x" * 200_000}
+    with fault(lambda: faults.fill(shm), lambda: faults.make_room(shm)):
+        training.fails(training.start(2, extra=large), "/dev/shm is full: 0 bytes available", "--shm-size")
+        training.fails(training.start(3, extra=large), "/dev/shm is full: 0 bytes available", "--shm-size")
+        assert not list(shm.glob("async-ckpt-*/*/*.tmp"))
+    training.lands(training.start(4, extra=large))
+    with fault(lambda: faults.fill(shm), lambda: faults.make_room(shm)):
+        said = refusal(lambda: attach(training.model, directory=Path(folder, "other"), timeout_s=_LIMIT_S))
+        assert "/dev/shm has 0 bytes available, but 2 slots of this model need" in said
+        assert len(list(shm.glob("async-ckpt-*/*"))) == 1
+    training.good(5)
+    training.end()
+
+
+def slots_are_removed(folder: str) -> None:
+    """As systemd does when a user logs out: no save can work any more, each says so, and a new attach works."""
+    training = Training(Path(folder, "run"))
+    training.good(1)
+    by_rank_0(lambda: shutil.rmtree(next(Path("/dev/shm").glob("async-ckpt-*"))))
+    for number in (2, 3):
+        training.bad(number, "somebody removed .* from shared memory", "RemoveIPC=no", "attach again")
+    training.ckpt.close()
+    again = Training(Path(folder, "run"))
+    again.good(4)
+    again.ckpt.close()
+
+
+def temporary_files_cannot_be_made(folder: str) -> None:
+    disk = Path(folder, "tmp")
+    by_rank_0(lambda: faults.small_disk(disk))
+    os.environ["TMPDIR"] = tempfile.tempdir = str(disk)
+    model = wrapped("fsdp2")
+    with fault(lambda: faults.remount(disk, "ro"), lambda: faults.remount(disk, "rw")):
+        said = refusal(lambda: attach(model, directory=Path(folder, "run"), timeout_s=_LIMIT_S))
+        assert re.search(r"/tmp/async-ckpt-0 cannot be made: Read-only file system", said), said
+    training = Training(Path(folder, "run"))
+    training.good(1)
+    training.end()
+
+
+def in_small_shared_memory(folder: Path, target: str) -> None:
+    folder.mkdir(parents=True)
+    with Namespace() as namespace:
+        subprocess.run([*namespace.wrapper, "mount", "-t", "tmpfs", "-o", "size=1m", "none", "/dev/shm"], check=True)
+        with Job(f"{_HERE}:{target}", 2, folder, env={NAMESPACE_VARIABLE: namespace.path}) as job:
+            job.wait()
+        until(lambda: not savers(folder), "the saver has ended", 30.0)
+        assert list(namespace.seen("/dev/shm").iterdir()) == []
+
+
+# --- the saver's process -------------------------------------------------------------------------------------------
+
+
+def saver_is_killed_for_memory(folder: str, endpoint: str = "") -> None:
+    training = Training(Path(folder, "run"), saver=endpoint or None)
+    training.good(1)
+    dist.barrier()
+    reached(folder, "saved")
+    until(Path(folder, "caught").exists, "the saver is in the cgroup")
+    handle = training.start(2)  # the kernel kills the saver when it takes this up
+    training.lands(handle)
+    training.good(3)
+    if not endpoint:
+        assert any("the embedded saver is gone" in line and "dmesg" in line for line in everywhere(training.log)[0]
+                   + everywhere(training.log)[1])  # fmt: skip
+    training.end()
+
+
+def out_of_memory(folder: Path, *, daemon: bool) -> None:
+    folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        limit = stack.enter_context(memory_limit())
+        first = stack.enter_context(Daemon(folder / "d", folder)) if daemon else None
+        arguments = [first.endpoint] if first is not None else []
+        job = stack.enter_context(Job(f"{_HERE}:saver_is_killed_for_memory", 2, folder, *arguments))
+        job.reach("saved")
+        pid = the_saver(folder)
+        limit.catch(pid)
+        (folder / "caught").touch()
+        if first is not None:
+            assert first.process.wait(60) == -signal.SIGKILL
+            stack.enter_context(Daemon(folder / "d", folder))
+        job.wait()
+        assert limit.kills == 1
+        assert pid not in savers(folder)
+        until(lambda: daemon or not savers(folder), "the saver has ended", 30.0)
+
+
+def saver_is_paused(folder: str, endpoint: str = "") -> None:
+    """For longer than ranks go on without hearing of it: nobody starts a second one, and all that is staged lands."""
+    training = Training(Path(folder, "run"), saver=endpoint or None)
+    training.good(1)
+    dist.barrier()
+    pid = the_saver(Path(folder))
+    with fault(lambda: os.kill(pid, signal.SIGSTOP), lambda: os.kill(pid, signal.SIGCONT)):
+        handle = training.start(2)
+        handle.staged()
+        assert re.search(
+            "step 2 is not committed after 0.1 s; it is staged and goes on", refusal(lambda: handle.wait(0.1))
+        )
+        until(lambda: any("does not answer" in line for line in training.log), "the warning")
+        assert any("What is staged is safe" in line and (endpoint or f"pid {pid}") in line for line in training.log)
+        assert savers(Path(folder)) == [pid]
+        training.train()
+    training.lands(handle)
+    training.good(3)
+    assert savers(Path(folder)) == [pid]
+    training.end()
+
+
+def paused_saver(folder: Path, *, daemon: bool) -> None:
+    folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        arguments = [stack.enter_context(Daemon(folder / "d", folder)).endpoint] if daemon else []
+        with Job(f"{_HERE}:saver_is_paused", 2, folder, *arguments) as job:
+            job.wait()
+
+
+# --- a rank --------------------------------------------------------------------------------------------------------
+
+
+def a_rank_is_paused(folder: str, paused: str) -> None:
+    """The others' waits end with its number; when it goes on, what was staged meanwhile is committed."""
+    training = Training(Path(folder, "run"), slots=1, timeout_s=2.0)
+    training.good(1)
+    training.train()
+    training.expected = reference(values=full_values(training.model))
+    dist.barrier()
+    if rank() == int(paused):
+        reached(folder, f"{os.getpid()}-pauses")
+        os.kill(os.getpid(), signal.SIGSTOP)
+        handle = training.ckpt.save(2)
+        until(lambda: handle.released, "the saver's word on step 2")
+        late = training.ckpt.save(3)
+    else:
+        until(lambda: list(Path(folder).glob("reached-*-pauses")), "the pause")
+        handle = training.ckpt.save(2)
+        assert f"rank {paused} has not staged it" in refusal(handle.wait)
+        assert handle.state == "staging"
+        late = training.ckpt.save(3)  # its slot is not free
+        assert "slot 0 still holds step 2 after 2 s" in refusal(late.wait)
+        Path(folder, "go-on").touch()
+    training.lands(handle)
+    assert "not saved" in refusal(lambda: late.wait(_LIMIT_S))
+    assert not any("does not answer" in line for line in training.log)
+    stats = everywhere(training.ckpt.stats())
+    assert [each["failed"] + each["skipped"] for each in stats] == [1, 1]
+    training.good(4)
+    training.ckpt.close()
+    training.check_directory()
+
+
+def paused_rank(folder: Path, paused: int) -> None:
+    with Job(f"{_HERE}:a_rank_is_paused", 2, folder, str(paused)) as job:
+        until((folder / "go-on").exists, "the others have gone on", 60.0)
+        os.kill(job.pids[paused], signal.SIGCONT)
+        job.wait()
+
+
+class Mistake(Exception):
+    """What a training loop may raise."""
+
+
+def a_rank_raises(folder: str, who: str, way: str) -> None:
+    """While a save is under way that it has staged, and another that it has not."""
+    training = Training(Path(folder, "run"))
+    training.good(1)
+    dist.barrier()
+    if rank() == int(who):
+        if way == "with":
+            with pytest.raises(Mistake), training.ckpt:
+                leave(training, folder)
+        else:
+            with pytest.raises(Mistake):
+                leave(training, folder)
+            atexit._run_exitfuncs()  # what Python does then
+        stats = training.ckpt.stats()
+        assert stats["saves"] == 2 == stats["committed"] + stats["failed"]
+        assert "after close()" in refusal(lambda: training.ckpt.save(3))
+        os._exit(7)
+    staged = training.ckpt.save(2)
+    until(lambda: list(Path(folder).glob("reached-left")), "the other's end")
+    handles = [training.ckpt.save(number) for number in (3, 4)]
+    assert staged.wait(_LIMIT_S) == training.directory / "checkpoint-2"
+    for handle in handles:
+        said = refusal(lambda handle=handle: handle.wait(_LIMIT_S))
+        assert f"rank {who} of 2 closed its checkpointer" in said, said
+    training.ckpt.wait()
+    training.ckpt.close()
+    stats = training.ckpt.stats()
+    assert (stats["saves"], stats["committed"], stats["failed"]) == (4, 2, 2)
+    os._exit(0)
+
+
+def leave(training: Training, folder: str) -> None:
+    training.ckpt.save(2)
+    reached(folder, "left")
+    raise Mistake
+
+
+def raising_rank(folder: Path, who: int, way: str) -> None:
+    with Job(f"{_HERE}:a_rank_raises", 2, folder, str(who), way) as job:
+        until(lambda: None not in job.statuses, "every rank's end")
+        assert job.statuses == [7 if each == who else 0 for each in range(2)], job.printed()
+    until(lambda: not savers(folder), "the saver has ended", 30.0)
+    assert sorted(os.listdir(folder / "run")) == ["checkpoint-1", "checkpoint-2", "latest"]
+    assert os.readlink(folder / "run/latest") == "checkpoint-2"
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "shared_memory_fills_up": lambda folder: in_small_shared_memory(folder, "shared_memory_fills_up"),
+    "slots_are_removed": lambda folder: in_small_shared_memory(folder, "slots_are_removed"),
+    "temporary_files_cannot_be_made": lambda folder: in_small_shared_memory(folder, "temporary_files_cannot_be_made"),
+    "out_of_memory-embedded": lambda folder: out_of_memory(folder, daemon=False),
+    "out_of_memory-daemon": lambda folder: out_of_memory(folder, daemon=True),
+    "paused_saver-embedded": lambda folder: paused_saver(folder, daemon=False),
+    "paused_saver-daemon": lambda folder: paused_saver(folder, daemon=True),
+    "paused_rank-0": lambda folder: paused_rank(folder, 0),
+    "paused_rank-1": lambda folder: paused_rank(folder, 1),
+    **{
+        f"raising_rank-{who}-{way}": lambda folder, who=who, way=way: raising_rank(folder, who, way)
+        for who in (0, 1)
+        for way in ("with", "without")
+    },
+}
+NEEDS |= {
+    "shared_memory_fills_up": ("root",),
+    "slots_are_removed": ("root",),
+    "temporary_files_cannot_be_made": ("root",),
+    "out_of_memory": ("cgroup",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -385,18 +619,24 @@ def results() -> dict[str, str]:
     return {}
 
 
+def needs_of(scenario: str) -> tuple[str, ...]:
+    return NEEDS.get(scenario.removesuffix("-embedded").removesuffix("-daemon"), ())
+
+
 def scenarios_of(selected: set[str]) -> dict[str, Scenario]:
     chosen = {name: SCENARIOS[name] for name in SCENARIOS if name in selected and not missing(*NEEDS.get(name, ()))}
     for kind in ("embedded", "daemon"):
-        names = [name for name in CASES if f"{name}-{kind}" in selected and not missing(*NEEDS[name])]
+        names = [name for name in CASES if f"{name}-{kind}" in selected and not missing(*needs_of(name))]
         if names:
             chosen[kind] = lambda folder, names=names, kind=kind: storage(folder, names, daemon=kind == "daemon")
     return chosen
 
 
-@pytest.mark.parametrize("scenario", [*(f"{name}-{kind}" for name in CASES for kind in ("embedded", "daemon")), *SCENARIOS])
+@pytest.mark.parametrize(
+    "scenario", [*(f"{name}-{kind}" for name in CASES for kind in ("embedded", "daemon")), *SCENARIOS]
+)
 def test_faults(results: dict[str, str], selected: set[str], folder: Path, scenario: str) -> None:
-    if reason := missing(*NEEDS.get(scenario.removesuffix("-embedded").removesuffix("-daemon"), ())):
+    if reason := missing(*needs_of(scenario)):
         pytest.skip(reason)
     if not results:
         results.update(run_together(scenarios_of(selected), folder, at_once=5))
