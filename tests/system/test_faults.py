@@ -504,8 +504,11 @@ def paused_saver(folder: Path, *, daemon: bool) -> None:
 
 
 def a_rank_is_paused(folder: str, paused: str) -> None:
-    """The others' waits end with its number; when it goes on, what was staged meanwhile is committed."""
-    training = Training(Path(folder, "run"), slots=1, timeout_s=2.0)
+    """The others' waits end with its number; when it goes on, what was staged meanwhile is committed.
+
+    Two waits are longer than a client waits before it calls its saver silent: it must not, for it was paused itself.
+    """
+    training = Training(Path(folder, "run"), slots=1, timeout_s=6.0)
     training.good(1)
     training.train()
     training.expected = reference(values=full_values(training.model))
@@ -522,7 +525,7 @@ def a_rank_is_paused(folder: str, paused: str) -> None:
         assert f"rank {paused} has not staged it" in refusal(handle.wait)
         assert handle.state == "staging"
         late = training.ckpt.save(3)  # its slot is not free
-        assert "slot 0 still holds step 2 after 2 s" in refusal(late.wait)
+        assert "slot 0 still holds step 2 after 6 s" in refusal(late.wait)
         Path(folder, "go-on").touch()
     training.lands(handle)
     assert "not saved" in refusal(lambda: late.wait(_LIMIT_S))
