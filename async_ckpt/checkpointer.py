@@ -165,7 +165,8 @@ class Checkpointer:
         open_now = list(self._open.values())
         failed, self._failed = self._failed, []
         for handle in [*failed, *open_now]:
-            if handle in open_now or handle.failed_unnoticed:
+            # One that failed here is open until the saver has settled it.
+            if handle.failed_unnoticed or (handle in open_now and handle.state != "failed"):
                 handle.wait(timeout_s)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from async_ckpt import opening
 from async_ckpt.core.slots import Phase
 from tests.system.processes import run_cases, until
+from tests.system.test_busy import stopped_saver
 from tests.system.training import adamw, attach, full_values, refusal, step, wrapped
 
 
@@ -107,6 +108,12 @@ def wait_tells_of_a_failure_once(folder: Path) -> None:
     with attach(model, directory=folder, timeout_s=30) as ckpt:
         lora = next(module for module in model.modules() if hasattr(module, "lora_A"))
         original = lora.lora_A["default"].weight
+        with stopped_saver(folder):  # so that it cannot settle the step in between
+            lora.lora_A["default"].weight = torch.nn.Parameter(original.detach().clone())
+            ckpt.save(0)
+            assert "no longer the tensor" in refusal(ckpt.wait)
+            ckpt.wait()
+            lora.lora_A["default"].weight = original
         for number in (1, 2):
             lora.lora_A["default"].weight = torch.nn.Parameter(original.detach().clone())
             handle = ckpt.save(number)
@@ -118,7 +125,7 @@ def wait_tells_of_a_failure_once(folder: Path) -> None:
                 assert "no longer the tensor" in refusal(ckpt.wait)
             ckpt.wait()
         assert ckpt.save(3).wait() == folder / "checkpoint-3"
-        assert ckpt.stats()["failed"] == 2
+        assert ckpt.stats()["failed"] == 3
 
 
 def what_is_kept_is_what_was_asked_for(folder: Path) -> None:
