@@ -171,10 +171,13 @@ class Desk:
         return self._registration.identities.get(message.rank, identity) != identity
 
     def _other_jobs(self, registration: Registration) -> list[Peer]:
-        """Living ranks that stand in the way and are not the registering processes themselves, attaching anew."""
+        """Living ranks that stand in the way and are not the registering processes themselves, attaching anew. One
+        that is silent and cannot be watched may be dead: its lease decides, which is longer than a conflict's time."""
         processes = [member.process for member in registration.members.values()]
         living = [peer for run in self._runs for peer in run.living]
-        return [] if any(peer.process in processes for peer in living) else living
+        if any(peer.process in processes for peer in living):
+            return []
+        return [peer for peer in living if self._watch.surely_alive(peer.identity)]
 
     def _judge(self, registration: Registration, verdict: Verdict) -> None:
         if isinstance(verdict, Refusal):

@@ -12,6 +12,8 @@ from async_ckpt.core.protocol import Process
 
 log = logging.getLogger(__name__)
 
+_FRESH_S = 5.0  # ranks ping every second
+
 
 class ProcessWatch:
     """Calls `on_exit(key)` once for each added process when it has exited, or has been silent for `lease_s`.
@@ -72,6 +74,11 @@ class ProcessWatch:
     def seen(self, key: Hashable) -> None:
         if key in self._last_seen_s:
             self._last_seen_s[key] = self._now_s()
+
+    def surely_alive(self, key: Hashable) -> bool:
+        """The kernel would have told of its death, or it has spoken just now. False says only that nobody knows."""
+        seen_s = self._last_seen_s.get(key)
+        return seen_s is None or self._loop.time() - seen_s < _FRESH_S
 
     def check_leases(self) -> None:
         now_s = self._now_s()

@@ -49,7 +49,7 @@ from async_ckpt.core.protocol import (
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt.core.slots import Phase, SlotPaths, StateFile, read_journals, remove_run
-from async_ckpt_saver import desk, live
+from async_ckpt_saver import desk, live, watch
 from async_ckpt_saver.hub import Hub
 from async_ckpt_saver.services import Services
 from async_ckpt_saver.temporaries import held, leftovers
@@ -75,7 +75,7 @@ class Sleeper:
 class Bench:
     """One saver and what it said. Every rank's identity is its name."""
 
-    def __init__(self, endpoint: str, root: Path) -> None:
+    def __init__(self, endpoint: str, root: Path, *, lease_s: float = 30.0) -> None:
         self.endpoint = endpoint
         self.said: list[tuple[bytes, FromSaver]] = []
         self.services = Services(
@@ -84,6 +84,7 @@ class Bench:
             incarnation=secrets.token_hex(4),
             send=lambda identity, message: self.said.append((identity, message)),
             loop=asyncio.get_running_loop(),
+            lease_s=lease_s,
         )
         self.hub = Hub(self.services)
 
@@ -137,6 +138,11 @@ def register(
         claims=[Claim(0, 0, Region(False, (rank * share,), (share,)))],
         versions={"torch": "2"},
     )
+
+
+def elsewhere(process: Process) -> Process:
+    """The same numbers in another pid namespace: they mean nothing here."""
+    return msgspec.structs.replace(process, pid_namespace="pid:[1]")
 
 
 def stage(granted: Granted, rank: int, slot: int, step: int, **record: Any) -> None:
@@ -265,6 +271,38 @@ async def test_a_new_saver_takes_up_the_living_run_and_the_kept_image(endpoint: 
         after.services.orphan_image_s = 0
         await after.until(after.gone, "everything gone")
         assert [step for step, _ in manifest.committed(directory)] == [7, 8]
+
+
+@scenario
+async def test_a_job_waits_for_the_lease_of_a_dead_one_that_cannot_be_seen(endpoint: str, root: Path) -> None:
+    """Ranks in another pid namespace, as in a container beside the saver's. Their pids are all alive here, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(desk, "_CONFLICT_S", 0.2)
+        patch.setattr(watch, "_FRESH_S", 0.1)
+        saver = Bench(endpoint, root, lease_s=1.0)
+        first = await saver.start(root / "run", "A", processes=[elsewhere(ME)])
+        stage(first, 0, 0, 10)  # and dies, so it never says so
+        await saver.start(root / "run", "B", job="again")
+    assert saver.heard("B", Refused) == []
+    (started,) = saver.heard("B", Started)
+    assert started.newest_step == 10
+    assert started.resume is not None
+    assert started.resume.image == f"{first.run}/slot-0"
+    saver.say("B", Bye(seq=1))
+    await saver.until(saver.gone, "everything gone")
+
+
+@scenario
+async def test_a_job_is_refused_while_one_that_cannot_be_seen_speaks(endpoint: str, root: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(desk, "_CONFLICT_S", 0.2)
+        saver = Bench(endpoint, root)
+        await saver.start(root / "run", "A", processes=[elsewhere(ME)])
+        saver.say("B", register(root / "run", 0, 1, job="again"))
+        saver.say("A", Ping(unsettled=[]))
+        assert "ranks are alive" in (await saver.hear("B", Refused)).reason
+    saver.say("A", Bye(seq=1))
+    await saver.until(saver.gone, "everything gone")
 
 
 @scenario
