@@ -22,11 +22,12 @@ from async_ckpt.core.protocol import MAX_MESSAGE_BYTES, FromSaver, decode_from_r
 from async_ckpt.core.slots import SHM, private_directory
 
 from .hub import Hub
+from .notify import Notifier
 from .services import Services
 
 log = logging.getLogger(__name__)
 
-_TICK_S = 0.5
+_TICK_S = 0.5  # also what limits how short WatchdogSec= may be: 2 s, or half of it is not told in time
 _LOCK_TRIES = 20  # at 10 ms: a rank that looks whether a saver is there holds the lock for an instant
 _UNUSED_S = 60.0  # an embedded saver that nobody ever registers with
 _QUIET_S = 1.0  # and one that nobody needs any more
@@ -59,6 +60,8 @@ class Server:
         self._signal: int | None = None
         self._last_message_s: float | None = None
         self._rejected = 0
+        # An embedded saver inherits the variables of a trainer that is a service itself: they are not meant for it.
+        self._notifier = Notifier({} if config.embedded else os.environ)
 
     async def serve(self) -> None:
         lock = self._lock()
@@ -67,6 +70,7 @@ class Server:
             try:
                 await self._main_loop()
             finally:
+                self._notifier.stopping()
                 await self._shutdown()
         finally:
             os.close(lock)
@@ -134,11 +138,13 @@ class Server:
         self._loop.call_soon(self._drain_socket)
         self._started_s = self._loop.time()
         log.info("saver %d serves %s, root %s", os.getpid(), self._config.bind, self._root)
+        self._notifier.ready(f"serves {self._config.bind}, root {self._root}")
 
     async def _main_loop(self) -> None:
         while not self._stop.is_set():
             self._hub.tick()
             self._drain_socket()
+            self._notifier.alive(self._loop.time())
             if self._config.embedded and self._unneeded():
                 log.info("nobody needs this saver any more")
                 return

@@ -1,4 +1,4 @@
-"""A saver and ranks in pid namespaces of their own, as in two containers of one pod that share /dev/shm and a socket."""
+"""A saver and ranks in pid namespaces of their own, as in containers of one pod with a shared /dev/shm."""
 
 from __future__ import annotations
 
