@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs clean
+.PHONY: help demo test test-all lint docs tools clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ lint: $(READY) ## ruff check, ruff format --check, mypy --strict
 
 docs: $(READY) ## the site, into .build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+tools: $(READY) ## promtool for the tests of deploy/, which are skipped without it; needs apt-get
+	@.ci/tools $(BIN)
 
 clean: ## remove .venv and all caches
 	rm -rf .venv .cache .build .mypy_cache .ruff_cache .pytest_cache .hypothesis
