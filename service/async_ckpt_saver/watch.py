@@ -78,7 +78,7 @@ class ProcessWatch:
     def surely_alive(self, key: Hashable) -> bool:
         """The kernel would have told of its death, or it has spoken just now. False says only that nobody knows."""
         seen_s = self._last_seen_s.get(key)
-        return seen_s is None or self._loop.time() - seen_s < _FRESH_S
+        return seen_s is None or self._now_s() - seen_s < _FRESH_S
 
     def check_leases(self) -> None:
         now_s = self._now_s()
