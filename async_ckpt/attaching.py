@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.limits import MAX_SLOTS, MAX_TIMEOUT_S
 from async_ckpt.core.protocol import (
-    MAX_SLOTS,
     PROTOCOL,
     Granted,
     Options,
@@ -24,6 +23,8 @@ from async_ckpt.core.protocol import (
     Register,
 )
 from async_ckpt.core.retention_policy import KeepBest, Policy
+from async_ckpt.core.slots import shm_identity
+from async_ckpt.core.transport import transport_of
 
 from .checkpointer import Checkpointer, Joined, Settings
 from .client import Client, SaverRestarted
@@ -33,6 +34,9 @@ from .plan import Plan, Selection, plan_checkpoint
 from .staging import Staging
 from .topology import Topology, discover
 from .training_state import Stateful, make_parts
+
+if TYPE_CHECKING:
+    from async_ckpt.core.keys import ClientKeys
 
 _SAVER_VARIABLE = "ASYNC_CKPT_SAVER"
 _REFUSE_S = 10.0
@@ -93,11 +97,11 @@ def attach(
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     options = Options(str(path), topology.world, slots, policy, float(timeout_s), verify_replicas)
     endpoint = saver or os.environ.get(_SAVER_VARIABLE)
-    if endpoint and not endpoint.startswith("ipc:///"):
-        raise CheckpointError(f"saver={endpoint!r}: give ipc:// and an absolute path, as in ipc:///run/saver.sock")
     if not names:
         raise CheckpointError("adapter_name is empty: name at least one adapter")
     embedded = None if endpoint else EmbeddedSaver(path)
+    transport = transport_of(endpoint or embedded.endpoint)  # type: ignore[union-attr]
+    keys = _read_keys() if transport.encrypted else None
 
     def make_plan() -> Plan:
         parts = make_parts(optimizer, scheduler, scaler, stateful)
@@ -108,7 +112,7 @@ def attach(
         _attempts[path] += 1
         identity = _Identity(options, f"{topology.job}:{_attempts[path]}", topology)
         plan = _plan(make_plan, topology)
-        client = Client(endpoint or embedded.endpoint, embedded)  # type: ignore[union-attr]
+        client = Client(transport, embedded, keys)
         try:
             return _join(client, identity, plan, overlap=staging == "overlap")
         except BaseException:
@@ -120,6 +124,12 @@ def attach(
     settings = Settings(path, Path(directory).expanduser(), topology.rank, when_busy, float(timeout_s), where)
     _attached.add(path)
     return Checkpointer(model, settings, joined, rejoin=join, on_close=lambda: _attached.discard(path))
+
+
+def _read_keys() -> ClientKeys | None:
+    from async_ckpt.core.keys import client_keys  # only tcp needs them
+
+    return client_keys(os.environ)
 
 
 @dataclass(frozen=True)
@@ -136,8 +146,8 @@ def _check_arguments(slots: int, when_busy: str, staging: str, timeout_s: float)
         raise CheckpointError(f"when_busy={when_busy!r}: give 'wait' or 'skip'")
     if staging not in ("overlap", "sync"):
         raise CheckpointError(f"staging={staging!r}: give 'overlap' or 'sync'")
-    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
-        raise CheckpointError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise CheckpointError(f"timeout_s={timeout_s!r}: give a number of seconds above 0, at most {MAX_TIMEOUT_S:g}")
 
 
 def _plan(make: Callable[[], Plan], topology: Topology) -> Plan | CheckpointError:
@@ -193,6 +203,7 @@ def _registration(identity: _Identity, plan: Plan) -> Register:
         rank=topology.rank,
         process=topology.process,
         launcher=topology.launcher,
+        shm=shm_identity(),
         layout_hash=plan.layout_hash,
         layout=plan.layout if topology.rank == 0 else None,
         claims=plan.claims,

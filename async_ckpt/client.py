@@ -10,12 +10,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import zmq
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.limits import MAX_UNSETTLED
 from async_ckpt.core.protocol import (
     Ack,
     Bye,
@@ -32,15 +33,21 @@ from async_ckpt.core.protocol import (
     Refuse,
     Refused,
     Register,
+    Rejected,
     Settled,
     Skipped,
     Staged,
     Started,
+    check_sendable,
     decode_from_saver,
     encode,
 )
+from async_ckpt.core.transport import Door, Transport
 
 from .embedded import EmbeddedSaver
+
+if TYPE_CHECKING:
+    from async_ckpt.core.keys import ClientKeys
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +79,12 @@ class _Request:
 
 
 class Client:
-    """Thread-safe. Raises CheckpointError if an embedded saver is wanted and does not come up."""
+    """Thread-safe. Raises CheckpointError if an embedded saver is wanted and does not come up, or if others could
+    listen where `transport` leads."""
 
-    def __init__(self, endpoint: str, embedded: EmbeddedSaver | None) -> None:
-        self.endpoint = endpoint
+    def __init__(self, transport: Transport, embedded: EmbeddedSaver | None, keys: ClientKeys | None = None) -> None:
+        self.endpoint = transport.endpoint
+        self._transport = transport
         self._unsettled: set[int] = set()
         self._embedded = embedded
         self._on_settled: Callable[[Settled], None] = lambda settled: None
@@ -106,7 +115,13 @@ class Client:
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 500)
         self._socket.set(zmq.RECONNECT_IVL, 20)
-        self._socket.connect(endpoint)
+        self._door = Door(self._socket) if transport.encrypted else None
+        self._denied: str | None = None  # why this saver cannot be talked to
+        try:
+            transport.connect(self._socket, keys)
+        except CheckpointError:
+            self._close_socket()
+            raise
         self._thread = threading.Thread(target=self._converse, name="async-ckpt-client", daemon=True)
         self._thread.start()
 
@@ -119,6 +134,7 @@ class Client:
 
     def register(self, message: Register, layout: Layout, timeout_s: float) -> Granted:
         """Raises CheckpointError with the saver's reason if it refuses, or if it cannot be reached."""
+        check_sendable(message)
         return self._ask(message, Granted, timeout_s, layout)
 
     def ready(self, timeout_s: float) -> Started:
@@ -180,11 +196,15 @@ class Client:
         self._request = request
         self._wake()
         reach_s = min(timeout_s, _REACH_S)
-        if not self._reached.wait(reach_s):
+        reached = self._reached.wait(reach_s)
+        if self._denied is not None:
+            raise CheckpointError(self._denied)
+        if not reached:
             if self._embedded is not None and self._embedded.alive():
                 raise CheckpointError(f"no answer after {reach_s:g} s: {self.silence}")
+            hint = self._door.hint if self._door is not None else ""
             raise CheckpointError(
-                f"no saver answers at {self.endpoint} after {reach_s:g} s: is it running? "
+                f"no saver answers at {self.endpoint} after {reach_s:g} s{hint}: is it running? "
                 f"`async-ckpt-saver run --bind {self.endpoint} --root DIR` starts one, or leave out saver= (and "
                 f"ASYNC_CKPT_SAVER) to have one started here"
             )
@@ -210,14 +230,21 @@ class Client:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_fd, zmq.POLLIN)
+        if self._door is not None:
+            poller.register(self._door.monitor, zmq.POLLIN)
         try:
             self._loop(poller)
         except Exception as error:  # training goes on without checkpoints, and says so
             log.exception("the conversation with the saver at %s broke", self.endpoint)
             self._on_lost(f"the conversation with the saver broke: {error!r}")
         finally:
-            self._socket.close()
-            self._context.term()
+            self._close_socket()
+
+    def _close_socket(self) -> None:
+        if self._door is not None:
+            self._door.close()
+        self._socket.close()
+        self._context.term()
 
     def _loop(self, poller: zmq.Poller) -> None:
         pinged_s = 0.0
@@ -232,11 +259,18 @@ class Client:
             ready = dict(poller.poll(1000 if self._reached.is_set() else 100))
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
+            if self._door is not None and (denied := self._door.look()) is not None:
+                self._deny(denied)
             self._send_inbox()
             if self._socket in ready and self._drain_socket():
                 self._heard_s = time.monotonic()
                 self._unanswered = 0
                 self._warned = False
+
+    def _deny(self, reason: str) -> None:
+        log.error("%s", reason)
+        self._denied = reason
+        self._reached.set()
 
     def _say_again(self, pending: _Request, pong: Pong) -> None:
         """To a new incarnation. It knows what is in a journal; of a run that had not started there is none."""
@@ -249,7 +283,7 @@ class Client:
 
     def _ping(self) -> None:
         with self._lock:
-            unsettled = sorted(self._unsettled)
+            unsettled = sorted(self._unsettled)[:MAX_UNSETTLED]
         self._unanswered += 1
         self._send(Ping(unsettled=unsettled))
 
@@ -324,6 +358,10 @@ class Client:
                 self._all_acknowledged.set()
         elif isinstance(message, Settled):
             self._on_settled(message)
+        elif isinstance(message, Rejected) and self._pending is not None:
+            self._receive(Refused(reason=message.reason))
+        elif isinstance(message, Rejected):
+            log.error("the saver at %s understood nothing of a message: %s", self.endpoint, message.reason)
         elif isinstance(message, LayoutWanted):
             if self._pending is not None and self._pending.layout is not None:
                 self._send(LayoutSent(layout=self._pending.layout))
@@ -339,6 +377,11 @@ class Client:
     def _meet(self, pong: Pong) -> None:
         """A new incarnation knows what the journal says; what was on its way to the old one is said again."""
         if pong.incarnation != self._incarnation:
+            try:
+                self._transport.check_saver()
+            except CheckpointError as error:
+                self._deny(str(error))
+                return
             self._incarnation = pong.incarnation
             if self._pending is not None:
                 self._say_again(self._pending, pong)

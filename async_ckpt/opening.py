@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.limits import MAX_DOCUMENT_BYTES
 
 from .optimizer_state import StateShard
 from .plan import Plan, make_target
@@ -17,8 +18,6 @@ from .restore import OpenFile, Target, mismatch
 from .training_state import DOCUMENT, TENSORS_FILE, TrainingState, local_document
 
 log = logging.getLogger(__name__)
-
-_MAX_DOCUMENT_BYTES = 256 << 20
 
 
 class OpenCheckpoint:
@@ -123,8 +122,8 @@ def _has_room(target: Target) -> bool:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_DOCUMENT_BYTES:
-            raise CheckpointError(f"{path} has more than {_MAX_DOCUMENT_BYTES} bytes")
+        if path.stat().st_size > MAX_DOCUMENT_BYTES:
+            raise CheckpointError(f"{path} has more than {MAX_DOCUMENT_BYTES} bytes")
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -15,12 +15,23 @@ from typing import Any
 import torch
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.limits import check_depth
 
 MAX_TENSOR_BYTES = 1 << 20  # larger ones would make every save slow: they belong into the model or the optimizer
 
 
 def to_plain(path: str, value: Any) -> Any:
-    """`value` in terms of JSON. Raises CheckpointError naming `path` and what lies there."""
+    """`value` in terms of JSON. Raises CheckpointError naming `path` and what lies there, also if it is nested too
+    deep."""
+    try:
+        plain = _to_plain(path, value)
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested too deep, or in itself: make it flatter") from None
+    check_depth(plain, path)
+    return plain
+
+
+def _to_plain(path: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | str) or type(value) is int:
         return value
     if isinstance(value, float):
@@ -33,14 +44,14 @@ def to_plain(path: str, value: Any) -> Any:
         return {"$counter": _items(path, value)}
     if isinstance(value, dict | OrderedDict):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: to_plain(f"{path}.{key}", item) for key, item in value.items()}
+            return {key: _to_plain(f"{path}.{key}", item) for key, item in value.items()}
         return {"$items": _items(path, value)}
     if isinstance(value, tuple):
         return {"$tuple": _list(path, value)}
     if isinstance(value, list | deque):
         return _list(path, value)
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy's scalars
-        return to_plain(path, value.item())
+        return _to_plain(path, value.item())
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     raise CheckpointError(
         f"{path} is a {kind}, which is neither JSON nor a tensor, and nothing is pickled: keep it out of state_dict(), "
@@ -50,25 +61,30 @@ def to_plain(path: str, value: Any) -> Any:
 
 def from_plain(value: Any) -> Any:
     """The inverse of `to_plain`. Raises CheckpointError if `value` was not made by it."""
+    check_depth(value, "the training state")
+    return _from_plain(value)
+
+
+def _from_plain(value: Any) -> Any:
     if isinstance(value, list):
-        return [from_plain(item) for item in value]
+        return [_from_plain(item) for item in value]
     if not isinstance(value, dict):
         return value
     if len(value) != 1 or not next(iter(value)).startswith("$"):
-        return {key: from_plain(item) for key, item in value.items()}
+        return {key: _from_plain(item) for key, item in value.items()}
     ((kind, content),) = value.items()
     try:
         return _DECODERS[kind](content)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"the training state holds {kind} with content that cannot be read: {error!r}") from error
 
 
 def _list(path: str, value: Any) -> list[Any]:
-    return [to_plain(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    return [_to_plain(f"{path}[{index}]", item) for index, item in enumerate(value)]
 
 
 def _items(path: str, value: dict[Any, Any]) -> list[list[Any]]:
-    return [[to_plain(f"{path}.{key}", key), to_plain(f"{path}.{key}", item)] for key, item in value.items()]
+    return [[_to_plain(f"{path}.{key}", key), _to_plain(f"{path}.{key}", item)] for key, item in value.items()]
 
 
 def _tensor(path: str, value: torch.Tensor) -> dict[str, Any]:
@@ -91,9 +107,9 @@ def _to_tensor(content: dict[str, Any]) -> torch.Tensor:
 
 
 _DECODERS: dict[str, Callable[[Any], Any]] = {
-    "$tuple": lambda content: tuple(from_plain(item) for item in content),
-    "$items": lambda content: {from_plain(key): from_plain(item) for key, item in content},
-    "$counter": lambda content: Counter({from_plain(key): from_plain(item) for key, item in content}),
+    "$tuple": lambda content: tuple(_from_plain(item) for item in content),
+    "$items": lambda content: {_from_plain(key): _from_plain(item) for key, item in content},
+    "$counter": lambda content: Counter({_from_plain(key): _from_plain(item) for key, item in content}),
     "$float": float,
     "$bytes": lambda content: base64.b64decode(content, validate=True),
     "$tensor": _to_tensor,

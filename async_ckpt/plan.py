@@ -12,6 +12,7 @@ import xxhash
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import TensorSpec, plan_file
+from async_ckpt.core.limits import check_depth
 from async_ckpt.core.manifest import checkpoint_name
 from async_ckpt.core.protocol import Claim, ImageFile, Layout, SaveRecord
 
@@ -141,6 +142,7 @@ def save_record(step: int, metrics: Mapping[str, Any] | None, extra: Any) -> Sav
     try:
         # Through JSON and back: what the caller changes afterwards is not ours.
         copied = msgspec.json.decode(msgspec.json.encode(extra))
+        check_depth(copied, "extra")
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"extra cannot be written as JSON: {error}; give dicts, lists, numbers, strings"

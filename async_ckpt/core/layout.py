@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from .errors import CheckpointError
+from .limits import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_TENSORS
 
 # safetensors' `Dtype` enum in its own (ascending) order; the value is the width in bits.
 DTYPE_BITS: dict[str, int] = {
@@ -27,7 +28,6 @@ DTYPE_BITS: dict[str, int] = {
 }  # fmt: skip
 _DTYPE_RANK = {name: rank for rank, name in enumerate(DTYPE_BITS)}
 _LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # safetensors refuses more
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -72,6 +72,8 @@ def plan_file(path: str, tensors: Iterable[TensorSpec]) -> FileLayout:
     Raises CheckpointError on an unknown dtype or a name used twice.
     """
     specs = list(tensors)
+    if len(specs) > MAX_TENSORS:
+        raise CheckpointError(f"{path} would have {len(specs)} tensors, at most {MAX_TENSORS} are allowed")
     for spec in specs:
         if spec.dtype not in _DTYPE_RANK:
             raise CheckpointError(f"tensor {spec.name!r} has dtype {spec.dtype!r}, which safetensors cannot hold")
@@ -103,7 +105,7 @@ def parse_file(path: str, head: bytes) -> FileLayout:
             raise ValueError(f"{len(head)} bytes of a header of {length}")
         raw = json.loads(head[_LENGTH_BYTES:length])
         layout = _assemble(path, bytes(head[:length]), raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not begin with a safetensors header: {error!r}") from error
     position = length
     for extent in layout.extents:
@@ -125,15 +127,28 @@ def header_bytes(head: bytes) -> int:
 
 
 def _assemble(path: str, header: bytes, raw: dict[str, Any]) -> FileLayout:
+    if len(raw) > MAX_TENSORS + 1:
+        raise ValueError(f"{len(raw)} tensors, at most {MAX_TENSORS} are allowed")
     extents = []
     for name, entry in raw.items():
         if name == "__metadata__":
             continue
-        spec = TensorSpec(name, str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
-        if spec.dtype not in _DTYPE_RANK or any(size < 0 for size in spec.shape):
+        name.encode()  # JSON can spell text that is none, and an error has to name the tensor
+        shape = entry["shape"]
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are allowed")
+        spec = TensorSpec(name, str(entry["dtype"]), tuple(_whole_number(size) for size in shape))
+        if spec.dtype not in _DTYPE_RANK or spec.numel * DTYPE_BITS[spec.dtype] % 8:
             raise ValueError(f"tensor {name!r} has dtype {spec.dtype} and shape {spec.shape}")
-        start, stop = (int(offset) for offset in entry["data_offsets"])
+        start, stop = (_whole_number(offset) for offset in entry["data_offsets"])
         extents.append(Extent(spec, len(header) + start, len(header) + stop))
     extents.sort(key=lambda extent: (extent.start, extent.stop))
     total = extents[-1].stop if extents else len(header)
     return FileLayout(path, header, tuple(extents), total)
+
+
+def _whole_number(value: object) -> int:
+    """JSON has 1.5, true and 1e400 as well, and no largest number."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r:.40} is no size")
+    return value

@@ -16,15 +16,12 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from .errors import CheckpointError
+from .limits import MAX_FILES, MAX_MANIFEST_BYTES, MAX_PATH_BYTES, MAX_STEP
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "async_ckpt.json"
 FORMAT = 1
-MAX_MANIFEST_BYTES = 16 << 20
-MAX_PATH_BYTES = 1024
-# Steps end up in int64 tensors and file names; 18 digits keep both safe.
-MAX_STEP = 10**18 - 1
 
 Metric: TypeAlias = bool | int | float | str | None
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -50,7 +47,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     step: _Step
     metrics: dict[str, Metric]
     extra: Any
-    files: Annotated[dict[str, FileEntry], msgspec.Meta(max_length=65536)]
+    files: Annotated[dict[str, FileEntry], msgspec.Meta(max_length=MAX_FILES)]
     world: Annotated[int, msgspec.Meta(ge=1)] = 1
     versions: dict[str, str] = {}
     run: str = ""

@@ -16,6 +16,16 @@ def now_ticks() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
+def uid_of(pid: int) -> int:
+    """The effective user of a process. Not the owner of its folder in /proc, which is root if it cannot be dumped.
+
+    Raises OSError if there is no such process, or if it is not ours to look at."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("Uid:"):
+            return int(line.split()[2])
+    raise ProcessLookupError(f"/proc/{pid}/status names no user")
+
+
 def process_of(pid: int) -> Process:
     """Raises OSError if there is no such process, or if it is not ours to look at."""
     stat = Path(f"/proc/{pid}/stat").read_text()

@@ -8,17 +8,34 @@ Receiving any of them twice is harmless.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from .errors import CheckpointError
+from .limits import (
+    MAX_CLAIMS,
+    MAX_DIRECTORY_CHARS,
+    MAX_MESSAGE_BYTES,
+    MAX_NAME_CHARS,
+    MAX_PID,
+    MAX_SEQUENCE,
+    MAX_SLOTS,
+    MAX_STEP,
+    MAX_TIMEOUT_S,
+    MAX_UNSETTLED,
+)
 from .region import Region
 from .retention_policy import Policy
 
 PROTOCOL = 1
-MAX_MESSAGE_BYTES = 256 << 20
-MAX_WORLD = 65_536
-MAX_SLOTS = 16
+
+# Checked while a message is decoded, so nothing beyond them is ever acted on.
+_Slot = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
+_Step = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+_Sequence = Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQUENCE)]
+_Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
+T = TypeVar("T")
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -28,9 +45,9 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class Process(msgspec.Struct, frozen=True):
     """A process that can be watched: pid numbers are reused and differ between pid namespaces."""
 
-    pid: int
-    start_ticks: int
-    pid_namespace: str
+    pid: Annotated[int, msgspec.Meta(ge=1, le=MAX_PID)]
+    start_ticks: Annotated[int, msgspec.Meta(ge=0)]
+    pid_namespace: _Name
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True):
@@ -59,27 +76,29 @@ class Layout(msgspec.Struct, frozen=True):
 class Options(msgspec.Struct, frozen=True):
     """What all ranks of a run must agree on, layout aside."""
 
-    directory: str
+    directory: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_DIRECTORY_CHARS)]
     world: int
     slots: int
     policy: Policy
-    timeout_s: float
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_TIMEOUT_S)]
     verify_replicas: bool = False
 
 
 class Register(_Message, frozen=True):
-    """First word of a rank. `layout` comes from rank 0; the others send its hash only."""
+    """First word of a rank. `layout` comes from rank 0; the others send its hash only. `shm` tells which /dev/shm the
+    rank sees: `slots.shm_identity`."""
 
     protocol: int
     options: Options
-    job: str
+    job: _Name
     rank: int
     process: Process
     launcher: Process | None
-    layout_hash: str
+    shm: _Name
+    layout_hash: _Name
     layout: Layout | None
-    claims: list[Claim]
-    versions: dict[str, str]
+    claims: Annotated[list[Claim], msgspec.Meta(max_length=MAX_CLAIMS)]
+    versions: Annotated[dict[_Name, _Name], msgspec.Meta(max_length=64)]
 
 
 class LayoutSent(_Message, frozen=True):
@@ -90,7 +109,7 @@ class Refuse(_Message, frozen=True):
     """This rank cannot take part: every other rank is told why instead of waiting for it."""
 
     options: Options
-    job: str
+    job: _Name
     rank: int
     process: Process
     reason: str
@@ -101,36 +120,36 @@ class Ready(_Message, frozen=True):
 
 
 class Staged(_Message, frozen=True):
-    seq: int
-    slot: int
-    step: int
+    seq: _Sequence
+    slot: _Slot
+    step: _Step
     copy_s: float
 
 
 class Skipped(_Message, frozen=True):
-    seq: int
-    slot: int
-    step: int
+    seq: _Sequence
+    slot: _Slot
+    step: _Step
     reason: str
 
 
 class Failed(_Message, frozen=True):
-    seq: int
-    slot: int
-    step: int
+    seq: _Sequence
+    slot: _Slot
+    step: _Step
     reason: str
 
 
 class Bye(_Message, frozen=True):
     """The rank leaves on purpose; everything it had in flight is settled."""
 
-    seq: int
+    seq: _Sequence
 
 
 class Ping(_Message, frozen=True):
     """Sent every second: the lease. `unsettled` are the steps whose outcome the rank still waits for."""
 
-    unsettled: list[int]
+    unsettled: Annotated[list[_Step], msgspec.Meta(max_length=MAX_UNSETTLED)]
 
 
 FromRank = Register | LayoutSent | Refuse | Ready | Staged | Skipped | Failed | Bye | Ping
@@ -169,6 +188,13 @@ class Refused(_Message, frozen=True):
     reason: str
 
 
+class Rejected(_Message, frozen=True):
+    """What this rank has sent means nothing to the saver. Unlike `Refused` it ends no run: it answers the registration
+    that is waited for, if there is one, else it is logged."""
+
+    reason: str
+
+
 class Ack(_Message, frozen=True):
     seq: int
 
@@ -193,7 +219,7 @@ class Pong(_Message, frozen=True):
     known: bool
 
 
-FromSaver = LayoutWanted | Granted | Started | Refused | Ack | Settled | Pong
+FromSaver = LayoutWanted | Granted | Started | Refused | Rejected | Ack | Settled | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _from_rank = msgspec.msgpack.Decoder(FromRank)
@@ -202,6 +228,19 @@ _from_saver = msgspec.msgpack.Decoder(FromSaver)
 
 def encode(message: FromRank | FromSaver) -> bytes:
     return _encoder.encode(message)
+
+
+def check_sendable(message: Register) -> None:
+    """Raises CheckpointError for what no saver would get to see: text that is none, more than MAX_MESSAGE_BYTES."""
+    try:
+        size_bytes = len(encode(message))
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{message.options.directory!r} or a name in the model is not valid text: {error}"
+        ) from error
+    if size_bytes > MAX_MESSAGE_BYTES:
+        raise CheckpointError(f"the registration of rank {message.rank} has {size_bytes} bytes, at most "
+                              f"{MAX_MESSAGE_BYTES} are allowed (MAX_MESSAGE_BYTES)")  # fmt: skip
 
 
 def decode_from_rank(payload: bytes | memoryview) -> FromRank:
@@ -216,10 +255,17 @@ def decode_from_saver(payload: bytes | memoryview) -> FromSaver:
     return message
 
 
+def decode_stored(data: bytes, kind: type[T]) -> T:
+    """A struct of ours from a file. Raises msgspec.DecodeError, as above, and nothing else."""
+    stored: T = _decode(msgspec.msgpack.Decoder(kind), data)
+    return stored
+
+
 def _decode(decoder: msgspec.msgpack.Decoder[Any], payload: bytes | memoryview) -> Any:
     try:
         return decoder.decode(payload)
-    except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through as they are
+    # msgspec lets these through as they are; a policy that is not allowed says so itself.
+    except (UnicodeDecodeError, RecursionError, CheckpointError) as error:
         raise msgspec.DecodeError(str(error)) from error
 
 

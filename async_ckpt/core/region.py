@@ -7,8 +7,13 @@ Two shapes occur: a *box* (DTensor: any sharding of dimensions) and a *flat run*
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import msgspec
+
+from .limits import MAX_DIMENSIONS
+
+_Indices = Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
 
 
 class Region(msgspec.Struct, frozen=True, array_like=True):
@@ -16,8 +21,8 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
     `flat` True: one entry each, a run of elements of the row-major flattened tensor."""
 
     flat: bool
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    offsets: _Indices
+    sizes: _Indices
 
     @property
     def numel(self) -> int:

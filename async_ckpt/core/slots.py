@@ -32,7 +32,8 @@ import msgspec
 import xxhash
 
 from .errors import CheckpointError
-from .protocol import Layout, Options, Process, SaveRecord, Started
+from .limits import MAX_JOURNAL_BYTES, MAX_RECORD_BYTES
+from .protocol import Layout, Options, Process, SaveRecord, Started, decode_stored
 
 SHM = Path("/dev/shm")
 _CELL = struct.Struct("<QqdQ")  # phase, step, copy_s, xxh64 of the three
@@ -112,6 +113,17 @@ def shm_root() -> Path:
     return private_directory(SHM / f"async-ckpt-{os.getuid()}")
 
 
+def shm_identity() -> str:
+    """Equal for two processes if and only if they see the same /dev/shm: that of one host, and of containers that
+    share it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # some sandboxes have none: then the device has to do
+        boot = ""
+    device = f"{SHM.stat().st_dev:x}" if SHM.exists() else "none"
+    return f"{boot}:{device}"
+
+
 class StateFile:
     """The cells of one slot, mapped. Each process writes at most the cell of its own rank."""
 
@@ -182,14 +194,18 @@ class SlotPaths:
         image's. Raises CheckpointError if shared memory is full, or if the run was removed from it.
         """
         path = self.record(rank)
-        _replace(path, msgspec.msgpack.encode(record))
+        data = msgspec.msgpack.encode(record)
+        if len(data) > MAX_RECORD_BYTES:
+            raise CheckpointError(f"the state of rank {rank} besides tensors has {len(data)} bytes, at most "
+                                  f"{MAX_RECORD_BYTES} are allowed: keep large data in tensors")  # fmt: skip
+        _replace(path, data)
 
     def read_record(self, rank: int) -> SaveRecord:
-        """Raises CheckpointError if the record is missing or damaged."""
+        """Raises CheckpointError if the record is missing, damaged, or larger than any that `write_record` writes."""
         path = self.record(rank)
         try:
-            return msgspec.msgpack.decode(path.read_bytes(), type=SaveRecord)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            return decode_stored(_read_capped(path, MAX_RECORD_BYTES), SaveRecord)
+        except (OSError, msgspec.DecodeError) as error:
             raise CheckpointError(f"the record {path} cannot be read: {error}") from error
 
     def records(self, world: int, step: int) -> list[tuple[int, SaveRecord]]:
@@ -272,7 +288,7 @@ def _create_image(image: Path, layout: Layout) -> None:
     for name, content in layout.documents.items():
         path = image / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.write_bytes(content)
+        _write_private(path, content)
 
 
 def write_journal(run: Path, record: RunRecord) -> None:
@@ -283,7 +299,7 @@ def write_journal(run: Path, record: RunRecord) -> None:
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
+        _write_private(temporary, content)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -301,16 +317,35 @@ def _replace(path: Path, content: bytes) -> None:
         raise
 
 
+def _write_private(path: Path, data: bytes) -> None:
+    """Whatever the umask, for this user alone; never through a symbolic link."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(data)
+
+
+def _read_capped(path: Path, limit_bytes: int) -> bytes:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise OSError(f"it has more than {limit_bytes} bytes")
+    return data
+
+
 def new_run_path(endpoint: str) -> Path:
     return shm_root() / f"{_endpoint_key(endpoint)}-{secrets.token_hex(8)}"
 
 
 def read_journals(endpoint: str) -> Iterator[tuple[Path, RunRecord]]:
-    """The runs that a saver of `endpoint` left in shared memory. A run killed before it had a journal is removed."""
+    """The runs that a saver of `endpoint` left in shared memory. A run killed before it had a journal is removed; what
+    another user owns is not ours to believe or to remove."""
     for run in sorted(shm_root().glob(f"{_endpoint_key(endpoint)}-*")):
         try:
-            yield run, msgspec.msgpack.decode((run / "run.msgpack").read_bytes(), type=RunRecord)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            info = run.lstat()
+            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+                continue
+            yield run, decode_stored(_read_capped(run / "run.msgpack", MAX_JOURNAL_BYTES), RunRecord)
+        except (OSError, msgspec.DecodeError):
             remove_run(run)
 
 

@@ -15,17 +15,16 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from async_ckpt.core import manifest
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.processes import now_ticks
+from async_ckpt.core.limits import MAX_REASON_CHARS
 from async_ckpt.core.protocol import FromRank, LayoutSent, LayoutWanted, Ping, Pong, Refused, Register, Resume
 from async_ckpt.core.slots import Peer, RunRecord
 
 from .coverage import Ownership
 from .image import RunImage
 from .live import LiveRun
+from .refusals import Refusals
 from .registration import Complete, Grant, Refusal, Registration, Verdict, Want
 from .services import Services
 from .storage import prepare_directory
@@ -35,14 +34,6 @@ from .writer import sweep
 log = logging.getLogger(__name__)
 
 _CONFLICT_S = 15.0  # how long a new job waits for the processes of the one before it to be gone
-_REMEMBER_REFUSAL_S = 20.0  # how long a refused job's late ranks are waited for
-
-
-class _RefusedJob(msgspec.Struct):
-    reason: str
-    since_s: float
-    since_ticks: int
-    untold: int
 
 
 class Desk:
@@ -52,7 +43,7 @@ class Desk:
         self._watch = watch
         self._registration: Registration | None = None
         self._grant: Grant | None = None
-        self._refused: dict[str, _RefusedJob] = {}
+        self._refused = Refusals()
         self._runs: list[LiveRun] = []
         self._kept: LiveRun | None = None
         self._kept_since_s = 0.0
@@ -61,6 +52,10 @@ class Desk:
     def empty(self) -> bool:
         return not (self._registration or self._runs or self._kept or self._refused)
 
+    @property
+    def registering(self) -> bool:
+        return self._registration is not None
+
     # --- from the hub ----------------------------------------------------------------------------------------------
 
     def register(self, identity: bytes, message: Register) -> None:
@@ -68,11 +63,10 @@ class Desk:
         if run is not None:
             run.grant(message.rank)
             return
-        refused = self._refused.get(message.job)
-        if refused is not None and message.process.start_ticks <= refused.since_ticks:
-            self._refuse_late(identity, refused, message.job)
+        reason = self._refused.tell(message.job, message.process.start_ticks)
+        if reason is not None:
+            self._services.send(identity, Refused(reason=reason))
             return
-        self._refused.pop(message.job, None)  # a new launch of the same name: its processes are younger
         if self._registration is not None and self._displaces(identity, message):
             earlier = self._registration.members.get(message.rank)
             if earlier is None or earlier.process != message.process:
@@ -97,8 +91,8 @@ class Desk:
             return
         if self._registration is not None and self._registration.job == job:
             self.refuse(reason)
-        refused = self._refused.setdefault(job, _RefusedJob(reason, self._services.now_s(), now_ticks(), world))
-        self._refuse_late(identity, refused, job)
+        self._refused.remember(job, reason, world, self._services.now_s(), replace=False)
+        self._services.send(identity, Refused(reason=self._refused.tell(job) or reason))
 
     def receive(self, identity: bytes, message: FromRank) -> None:
         run = self._run_of(identity)
@@ -106,10 +100,12 @@ class Desk:
             run.receive(run.ranks[identity], message)
         elif isinstance(message, Ping):
             self._services.send(identity, Pong(incarnation=self._services.incarnation, known=True))
-        elif isinstance(message, LayoutSent) and self._registration is not None:
+        elif self._registration is not None:
             rank = self._registration.rank_of(identity)
-            if rank is not None:
+            if rank is not None and isinstance(message, LayoutSent) and self._registration.wants_layout(rank):
                 self._judge(self._registration, self._registration.add_layout(rank, message.layout))
+            else:
+                self._services.reject(identity, "unexpected", f"a {type(message).__name__} of a rank that is attaching")
 
     def knows(self, identity: bytes) -> bool:
         registering = self._registration is not None and self._registration.rank_of(identity) is not None
@@ -154,9 +150,7 @@ class Desk:
             lease_s = services.keep_image_s if self._kept.launcher_alive else services.orphan_image_s
             if now_s - self._kept_since_s > lease_s:
                 self._drop_kept()
-        for job, refused in list(self._refused.items()):
-            if now_s - refused.since_s > _REMEMBER_REFUSAL_S:
-                del self._refused[job]
+        self._refused.expire(now_s)
 
     # --- registration ----------------------------------------------------------------------------------------------
 
@@ -183,6 +177,7 @@ class Desk:
         if isinstance(verdict, Refusal):
             self.refuse(verdict.reason)
         elif isinstance(verdict, Want):
+            registration.want_layout(verdict.rank)
             self._services.send(registration.identities[verdict.rank], LayoutWanted())
         elif isinstance(verdict, Complete):
             self._services.spawn(self._conclude(registration))
@@ -204,22 +199,14 @@ class Desk:
         registration = self._registration
         if registration is None:
             return
+        reason = reason[:MAX_REASON_CHARS]
         log.warning("refused %s: %s", self.directory, reason)
         self._registration = self._grant = None
-        self._remember_refusal(registration.job, reason, registration.options.world - len(registration.identities))
+        untold = registration.options.world - len(registration.identities)
+        self._refused.remember(registration.job, reason, untold, self._services.now_s())
         for identity in registration.identities.values():
             self._watch.discard(identity)
             self._services.send(identity, Refused(reason=reason))
-
-    def _remember_refusal(self, job: str, reason: str, untold: int) -> None:
-        if untold > 0:
-            self._refused[job] = _RefusedJob(reason, self._services.now_s(), now_ticks(), untold)
-
-    def _refuse_late(self, identity: bytes, refused: _RefusedJob, job: str) -> None:
-        self._services.send(identity, Refused(reason=refused.reason))
-        refused.untold -= 1
-        if refused.untold <= 0:
-            self._refused.pop(job, None)
 
     def _open_if_free(self) -> None:
         if self._registration is not None and self._grant is not None and not self._runs:
@@ -293,7 +280,8 @@ class Desk:
         log.warning("run %s abandoned: %s", run.image.path, reason)
         self._runs.remove(run)
         run.abandoned = True
-        self._remember_refusal(run.image.record.job, reason, run.image.record.options.world)
+        record = run.image.record
+        self._refused.remember(record.job, reason, record.options.world, self._services.now_s())
         run.tell_all(Refused(reason=reason))
         self._unwatch(run)
         run.image.remove()

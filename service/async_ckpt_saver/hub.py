@@ -8,10 +8,13 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.protocol import Ack, Bye, FromRank, Pong, Refuse, Refused, Register
+from async_ckpt.core.limits import MAX_IDENTITIES, MAX_REASON_CHARS, MAX_REGISTRATIONS, MAX_RUNS
+from async_ckpt.core.protocol import Ack, Bye, FromRank, Ping, Pong, Refuse, Refused, Register
+from async_ckpt.core.slots import shm_identity
 
 from .desk import Desk
 from .image import RunImage
+from .rejections import Cause
 from .services import Services
 from .watch import ProcessWatch
 
@@ -65,23 +68,61 @@ class Hub:
             return
         if isinstance(message, Bye):  # its run has ended: the goodbye is all that was missing
             self._services.send(identity, Ack(seq=message.seq))
+        elif not isinstance(message, Ping):  # as after a restart of the saver, when a run had not started
+            self._services.rejections.count("unexpected", f"a {type(message).__name__} of nobody who is registered")
         self._services.send(identity, Pong(incarnation=self._services.incarnation, known=False))
 
     def _admit(self, identity: bytes, message: Register | Refuse) -> None:
-        directory, root = Path(message.options.directory), self._services.root
-        # By the names alone: symbolic links are followed when the directory is prepared, off this thread.
-        if not directory.is_absolute() or not Path(os.path.normpath(directory)).is_relative_to(root):
-            reason = (f"{directory} is outside the root {root} of the saver at {self._services.endpoint}: "
-                      f"choose a directory below it, or start the saver with another --root")  # fmt: skip
+        objection = self._outside(message) or self._stranger(message) or self._too_many(identity, message)
+        if objection is not None:
+            cause, reason = objection
+            self._services.rejections.count(cause, reason)
             self._services.send(identity, Refused(reason=reason))
             return
-        desk = self._desk(str(directory))
+        desk = self._desk(str(Path(message.options.directory)))
         if isinstance(message, Register):
             self._places[identity] = desk
             desk.register(identity, message)
         else:
-            reason = f"rank {message.rank} cannot take part: {message.reason}"
+            reason = f"rank {message.rank} cannot take part: {message.reason[:MAX_REASON_CHARS]}"
             desk.withdraw(identity, message.job, message.options.world, reason)
+
+    def _outside(self, message: Register | Refuse) -> tuple[Cause, str] | None:
+        directory, root = Path(message.options.directory), self._services.root
+        # By the names alone: symbolic links are followed when the directory is prepared, off this thread.
+        if directory.is_absolute() and Path(os.path.normpath(directory)).is_relative_to(root):
+            return None
+        return "unexpected", (
+            f"{directory} is outside the root {root} of the saver at {self._services.endpoint}: "
+            f"choose a directory below it, or start the saver with another --root"
+        )
+
+    def _stranger(self, message: Register | Refuse) -> tuple[Cause, str] | None:
+        """ZeroMQ has let in only who may be let in; what a rank says of itself must fit that."""
+        stranger = self._watch.stranger(message.process)
+        if stranger is not None:
+            return "foreign_user", f"{stranger}: ranks and their saver run as the same user"
+        if isinstance(message, Register) and message.shm != shm_identity():
+            return "foreign_host", (
+                f"rank {message.rank} does not see the /dev/shm of the saver at {self._services.endpoint}: run both on "
+                f"one host, and containers with one /dev/shm (docker: --ipc=container:..., Kubernetes: one emptyDir "
+                f"with medium: Memory mounted there in both)"
+            )
+        return None
+
+    def _too_many(self, identity: bytes, message: Register | Refuse) -> tuple[Cause, str] | None:
+        if message.options.directory not in self._desks and len(self._desks) >= MAX_RUNS:
+            return "limit", f"this saver serves {len(self._desks)} directories already, at most {MAX_RUNS} (MAX_RUNS)"
+        registering = sum(desk.registering for directory, desk in self._desks.items()
+                          if directory != message.options.directory)  # fmt: skip
+        if registering >= MAX_REGISTRATIONS:
+            return "limit", (
+                f"{registering} other jobs are attaching right now, at most {MAX_REGISTRATIONS} (MAX_REGISTRATIONS): "
+                f"try again"
+            )
+        if identity not in self._places and len(self._places) >= MAX_IDENTITIES:
+            return "limit", f"this saver has {len(self._places)} ranks, at most {MAX_IDENTITIES} (MAX_IDENTITIES)"
+        return None
 
     def _process_gone(self, key: Hashable) -> None:
         if isinstance(key, tuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from async_ckpt.core import manifest
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.limits import MAX_REASON_CHARS
 from async_ckpt.core.protocol import (
     Ack,
     Bye,
@@ -31,7 +32,7 @@ from .coverage import Ownership
 from .image import RunImage
 from .recovery import commit_once
 from .retention import apply_policy
-from .run import Action, Commit, Run
+from .run import Action, Commit, Report, Run
 from .services import Services
 from .writer import sweep
 
@@ -125,21 +126,35 @@ class LiveRun:
                 self._machine.know(Settled(step=step, slot=0, outcome="committed", path=str(path), bytes=total_bytes))
 
     def receive(self, rank: int, message: FromRank) -> None:
-        if isinstance(message, Ping):
+        senseless = self._senseless(message)
+        if senseless is not None:
+            self._services.reject(self.image.record.peers[rank].identity, "unexpected", f"rank {rank}: {senseless}")
+        elif isinstance(message, Ping):
             self._answer_ping(rank, message)
         elif isinstance(message, Ready):
             self._rank_ready(rank)
         elif isinstance(message, Staged):
             self._perform(self._machine.report(rank, message.slot, message.step, "staged"))
-        elif isinstance(message, Skipped):
-            self._perform(self._machine.report(rank, message.slot, message.step, "skipped", message.reason))
-        elif isinstance(message, Failed):
-            self._perform(self._machine.report(rank, message.slot, message.step, "failed", message.reason))
+        elif isinstance(message, Skipped | Failed):
+            report: Report = "skipped" if isinstance(message, Skipped) else "failed"
+            reason = message.reason[:MAX_REASON_CHARS]
+            self._perform(self._machine.report(rank, message.slot, message.step, report, reason))
         elif isinstance(message, Bye):
             self._closed.add(rank)
             self._leave(rank, "closed its checkpointer")
         if isinstance(message, Staged | Skipped | Failed | Bye):
             self._send(rank, Ack(seq=message.seq))
+
+    def _senseless(self, message: FromRank) -> str | None:
+        """Why no rank of this run can have meant it."""
+        if isinstance(message, Staged | Skipped | Failed):
+            if not self.started:
+                return f"step {message.step} before the run has started"
+            if message.slot >= len(self.image.slots):
+                return f"slot {message.slot} of {len(self.image.slots)}"
+        elif not isinstance(message, Ping | Ready | Bye):
+            return f"a {type(message).__name__} of a rank that was granted its run"
+        return None
 
     def died(self, rank: int) -> None:
         """The kernel says so. Messages of a dead process may be lost: its cells in the journal are what it said."""

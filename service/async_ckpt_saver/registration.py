@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import FileLayout, TensorSpec, parse_file
-from async_ckpt.core.protocol import MAX_SLOTS, MAX_WORLD, PROTOCOL, Layout, Options, Register
+from async_ckpt.core.limits import MAX_FILES, MAX_SLOTS, MAX_TENSORS, MAX_WORLD
+from async_ckpt.core.manifest import check_path
+from async_ckpt.core.protocol import PROTOCOL, Layout, Options, Register
 
 from .coverage import Ownership, assign_owners
 
@@ -46,6 +46,7 @@ class Registration:
         self.since_s = now_s
         self.members: dict[int, Register] = {}
         self.identities: dict[int, bytes] = {}
+        self._wanted: set[int] = set()
 
     def add(self, identity: bytes, message: Register) -> Verdict:
         self.identities[message.rank] = identity  # before any refusal, which must reach this rank too
@@ -57,8 +58,16 @@ class Registration:
             return None
         return Complete()
 
+    def want_layout(self, rank: int) -> None:
+        self._wanted.add(rank)
+
+    def wants_layout(self, rank: int) -> bool:
+        """Whether `rank` was asked for its layout and has not answered yet."""
+        return rank in self._wanted
+
     def add_layout(self, rank: int, layout: Layout) -> Verdict:
         """Why the layout of `rank` hashes differently from rank 0's."""
+        self._wanted.discard(rank)
         expected = self.members[0].layout if 0 in self.members else None
         if expected is None:
             return None
@@ -109,18 +118,21 @@ class Registration:
 def check_layout(layout: Layout) -> list[FileLayout]:
     """The layouts of the files. Raises CheckpointError if a path could leave the directory or a header is wrong."""
     paths = [file.path for file in layout.files] + list(layout.documents)
+    if len(paths) > MAX_FILES:
+        raise CheckpointError(f"the layout has {len(paths)} files, at most {MAX_FILES} are allowed")
     if len(set(paths)) != len(paths):
         raise CheckpointError(f"a path occurs twice in the layout: {sorted(paths)}")
     for path in paths:
-        pure = PurePosixPath(path)
-        if not path or pure.is_absolute() or ".." in pure.parts or "\0" in path or str(pure) != path:
-            raise CheckpointError(f"{path!r} is no plain relative path")
+        check_path(path)
     files = []
     for file in layout.files:
         parsed = parse_file(file.path, file.header)
         if parsed.total_bytes != file.total_bytes or len(parsed.header) != len(file.header):
             raise CheckpointError(f"{file.path} should have {parsed.total_bytes} bytes, not {file.total_bytes}")
         files.append(parsed)
+    tensors = sum(len(file.extents) for file in files)
+    if tensors > MAX_TENSORS:
+        raise CheckpointError(f"the layout has {tensors} tensors, at most {MAX_TENSORS} are allowed")
     return files
 
 

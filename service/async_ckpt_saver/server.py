@@ -9,21 +9,27 @@ import logging
 import os
 import secrets
 import signal
-import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.protocol import MAX_MESSAGE_BYTES, FromSaver, decode_from_rank, encode
-from async_ckpt.core.slots import SHM, private_directory
+from async_ckpt.core.limits import MAX_MESSAGE_BYTES
+from async_ckpt.core.protocol import FromSaver, decode_from_rank, encode
+from async_ckpt.core.slots import SHM
+from async_ckpt.core.transport import EndpointInUse, transport_of
 
+from .doorkeeper import Doorkeeper
 from .hub import Hub
 from .notify import Notifier
 from .services import Services
+
+if TYPE_CHECKING:
+    from async_ckpt.core.keys import KeyPair
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +39,20 @@ _UNUSED_S = 60.0  # an embedded saver that nobody ever registers with
 _QUIET_S = 1.0  # and one that nobody needs any more
 
 
-class EndpointInUse(CheckpointError):
-    """Another saver holds the lock of this endpoint."""
-
-
 @dataclass(frozen=True)
 class Config:
-    """`bind`: "ipc://" and an absolute path. `root`: nothing is written outside it. `embedded`: exit when nobody
-    needs this saver any more. `keep_image_s`: how long the newest image of a dead run is kept in RAM."""
+    """`bind`: an address (`core/transport.py`). `curve_secret`, `curve_allow`: for tcp, the file with the saver's own
+    keys and the directory with the public keys of those who may connect, read once. `root`: nothing is written outside
+    it. `embedded`: exit when nobody needs this saver any more. `keep_image_s`: how long the newest image of a dead run
+    is kept in RAM."""
 
     bind: str
     root: Path
     embedded: bool = False
     keep_image_s: float = 900.0
     orphan_image_s: float = 20.0
+    curve_secret: Path | None = None
+    curve_allow: Path | None = None
 
 
 class Server:
@@ -54,12 +60,12 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._socket_path = socket_path(config.bind)
+        self._transport = transport_of(config.bind)
+        self._keys = self._read_keys() if self._transport.encrypted else None
         self._root = config.root.resolve()
         self._stop = asyncio.Event()
         self._signal: int | None = None
         self._last_message_s: float | None = None
-        self._rejected = 0
         # An embedded saver inherits the variables of a trainer that is a service itself: they are not meant for it.
         self._notifier = Notifier({} if config.embedded else os.environ)
 
@@ -81,15 +87,7 @@ class Server:
 
     def _lock(self) -> int:
         """ZeroMQ lets a second process steal an ipc path without a word: the lock is what makes it ours."""
-        parent = self._socket_path.parent
-        if not parent.exists():
-            private_directory(parent)
-        info = parent.stat()
-        if info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX:
-            raise CheckpointError(f"{parent} is writable by other users, who could take over the socket in it: "
-                                  f"bind below a directory of mode 0700")  # fmt: skip
-        path = self._socket_path.with_name(self._socket_path.name + ".lock")
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        lock = os.open(self._transport.lock_path(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         for _ in range(_LOCK_TRIES):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,6 +101,16 @@ class Server:
         holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
         os.close(lock)
         raise EndpointInUse(f"{self._config.bind} belongs to another saver, pid {holder}: stop it or bind elsewhere")
+
+    def _read_keys(self) -> KeyPair | None:
+        """Checked before anything is bound, or made."""
+        from async_ckpt.core.keys import read_allowed, read_secret  # only tcp needs them
+
+        secret, allow = self._config.curve_secret, self._config.curve_allow
+        if secret is None or allow is None:
+            return None
+        log.info("clients whose keys are allowed: %s", ", ".join(read_allowed(allow).values()))
+        return read_secret(secret)
 
     def _startup(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -119,7 +127,7 @@ class Server:
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.set(zmq.LINGER, 200)
-        services = Services(
+        services = self._services = Services(
             endpoint=self._config.bind,
             root=self._root,
             incarnation=secrets.token_hex(8),
@@ -129,9 +137,13 @@ class Server:
             orphan_image_s=self._config.orphan_image_s,
         )
         self._hub = Hub(services)
-        umask = os.umask(0o177)  # the socket for this user alone; before any thread runs, since the umask is shared
-        self._socket.bind(self._config.bind)
-        os.umask(umask)
+        allowed = self._config.curve_allow if self._keys is not None else None
+        self._doorkeeper = Doorkeeper(self._context, self._socket, self._loop, services.rejections, allowed)
+        try:
+            self._transport.listen(self._socket, self._keys)
+        except BaseException:
+            self._close_socket()
+            raise
         self._hub.adopt()
         self._fd = int(self._socket.get(zmq.FD))
         self._loop.add_reader(self._fd, self._drain_socket)
@@ -143,6 +155,7 @@ class Server:
     async def _main_loop(self) -> None:
         while not self._stop.is_set():
             self._hub.tick()
+            self._doorkeeper.look()
             self._drain_socket()
             self._notifier.alive(self._loop.time())
             if self._config.embedded and self._unneeded():
@@ -156,14 +169,18 @@ class Server:
     async def _shutdown(self) -> None:
         await self._hub.drain()
         self._loop.remove_reader(self._fd)
-        self._socket.close()
-        self._context.term()
-        self._socket_path.unlink(missing_ok=True)
+        self._close_socket()
+        self._transport.unlisten()
         try:
             (SHM / f"async-ckpt-{os.getuid()}").rmdir()
         except OSError:
             log.debug("other runs are still in shared memory")
         log.info("saver %d ends", os.getpid())
+
+    def _close_socket(self) -> None:
+        self._doorkeeper.close()
+        self._socket.close()
+        self._context.term()
 
     def _unneeded(self) -> bool:
         now_s = self._loop.time()
@@ -194,15 +211,14 @@ class Server:
             identity, payload = frames
             message = decode_from_rank(payload)
         except (ValueError, msgspec.DecodeError) as error:
-            self._rejected += 1
-            if self._rejected < 100:  # a broken client must not fill the log
-                log.warning("rejected a message of %d frames: %s", len(frames), error)
+            self._services.reject(frames[0], "unreadable", f"a message of {len(frames)} frames: {error}")
             return
         try:
             self._hub.receive(identity, message)
-        except Exception:  # one message, whatever is in it, must not end the saver for all other ranks
-            self._rejected += 1
-            log.exception("a %s could not be handled", type(message).__name__)
+        except Exception as error:  # one message, whatever is in it, must not end the saver for all other ranks
+            name = type(message).__name__
+            log.debug("a %s could not be handled", name, exc_info=True)
+            self._services.reject(identity, "internal", f"a {name} could not be handled: {error!r}")
 
     def _send(self, identity: bytes, message: FromSaver) -> None:
         try:
@@ -211,13 +227,3 @@ class Server:
             log.debug("cannot reach %r: %s", identity, error)
         if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self._loop.call_soon(self._drain_socket)
-
-
-def socket_path(bind: str) -> Path:
-    """Raises CheckpointError unless `bind` is "ipc://" and an absolute path short enough for a Unix socket."""
-    scheme, _, name = bind.partition("://")
-    if scheme != "ipc" or not name.startswith("/"):
-        raise CheckpointError(f"cannot bind {bind!r}: only ipc:// and an absolute path, as in ipc:///run/saver.sock")
-    if len(name.encode()) > 100:
-        raise CheckpointError(f"{name} is too long for a Unix socket ({len(name.encode())} bytes, at most 100)")
-    return Path(name)

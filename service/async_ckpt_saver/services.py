@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from async_ckpt.core.protocol import FromSaver
+from async_ckpt.core.protocol import FromSaver, Rejected
 
 from .clock import RunningClock
+from .rejections import Cause, Rejections
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ class Services:
     lease_s: float = 30.0
     keep_image_s: float = 900.0
     orphan_image_s: float = 20.0
+    rejections: Rejections = field(default_factory=Rejections)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="storage")
@@ -43,6 +45,11 @@ class Services:
 
     def now_s(self) -> float:
         return self.clock.now_s()
+
+    def reject(self, identity: bytes, cause: Cause, reason: str) -> None:
+        """Count what `identity` sent, and tell it: what it sent has changed nothing."""
+        self.rejections.count(cause, reason)
+        self.send(identity, Rejected(reason=reason))
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
         task = self.loop.create_task(work)

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable
 
-from async_ckpt.core.processes import process_of
+from async_ckpt.core.processes import process_of, uid_of
 from async_ckpt.core.protocol import Process
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,16 @@ class ProcessWatch:
             return
         self._pidfds[key] = pidfd
         self._loop.add_reader(pidfd, self._exited, key)
+
+    def stranger(self, process: Process) -> str | None:
+        """Why `process` cannot be one of this user's, as far as can be seen from here. One that is gone is none."""
+        if process.pid_namespace != self._namespace or _start_ticks(process.pid) != process.start_ticks:
+            return None
+        try:
+            uid = uid_of(process.pid)
+        except OSError:
+            return None
+        return None if uid == os.geteuid() else f"process {process.pid} belongs to uid {uid}, not to {os.geteuid()}"
 
     def discard(self, key: Hashable) -> None:
         self._last_seen_s.pop(key, None)

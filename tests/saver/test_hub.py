@@ -48,7 +48,7 @@ from async_ckpt.core.protocol import (
 )
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
-from async_ckpt.core.slots import Phase, SlotPaths, StateFile, read_journals, remove_run
+from async_ckpt.core.slots import Phase, SlotPaths, StateFile, read_journals, remove_run, shm_identity
 from async_ckpt_saver import desk, live, watch
 from async_ckpt_saver.hub import Hub
 from async_ckpt_saver.services import Services
@@ -133,6 +133,7 @@ def register(
         rank=rank,
         process=process,
         launcher=None,
+        shm=shm_identity(),
         layout_hash="h",
         layout=LAYOUT if rank == 0 else None,
         claims=[Claim(0, 0, Region(False, (rank * share,), (share,)))],

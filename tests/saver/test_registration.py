@@ -9,6 +9,7 @@ from async_ckpt.core.layout import FileLayout, TensorSpec, plan_file
 from async_ckpt.core.protocol import PROTOCOL, Claim, ImageFile, Layout, Options, Process, Register
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
+from async_ckpt.core.slots import shm_identity
 from async_ckpt_saver.registration import Complete, Grant, Refusal, Registration, Verdict, Want, check_layout
 
 OPTIONS = Options("/data/run", 2, 2, Policy(), 600.0)
@@ -30,6 +31,7 @@ def register(number: int, **changes: object) -> Register:
         rank=number,
         process=Process(100 + number, 1, "pid:[1]"),
         launcher=None,
+        shm=shm_identity(),
         layout_hash="h",
         layout=plain() if number == 0 else None,
         claims=[Claim(0, 0, Region(False, (2 * number, 0), (2, 2)))],

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import async_ckpt
-from tests.system.processes import Daemon, Job, Scenario, run_cases, run_together, runs_of, until
+from tests.system.processes import Daemon, Job, Scenario, environment, run_cases, run_together, runs_of, until
 from tests.system.training import (
     adamw,
     attach,
@@ -287,20 +287,32 @@ def outside_the_root(folder: Path) -> None:
 
 
 def shared_memory_is_too_small(folder: Path) -> None:
-    """The daemon alone sees a small /dev/shm: as root by a mount of its own, else by a changed os.statvfs."""
-    options: dict[str, Any] = {"wrapper": _in_mount_namespace("mount -t tmpfs -o size=16k none /dev/shm")}
-    if os.geteuid() != 0:
-        (folder / "site").mkdir(parents=True)
-        (folder / "site/sitecustomize.py").write_text(
-            "import os, types\nos.statvfs = lambda path: types.SimpleNamespace(f_bavail=4, f_frsize=4096)\n"
-        )
-        options = {"env": {"PYTHONPATH": os.pathsep.join([str(folder / "site"), os.environ["PYTHONPATH"]])}}
+    """The daemon alone is told of a small /dev/shm."""
+    (folder / "site").mkdir(parents=True)
+    (folder / "site/sitecustomize.py").write_text(
+        "import os, types\nos.statvfs = lambda path: types.SimpleNamespace(f_bavail=4, f_frsize=4096)\n"
+    )
+    env = {"PYTHONPATH": os.pathsep.join([str(folder / "site"), environment()["PYTHONPATH"]])}
     facts = (r"/dev/shm has 16384 bytes available", r"2 slots of this model need \d{5,}", "--shm-size", "remount,size=",
              "fewer slots")  # fmt: skip
-    with Daemon(folder / "d", folder, **options) as daemon:
+    with Daemon(folder / "d", folder, env=env) as daemon:
         for _ in range(2):  # nothing of the first refusal takes up room at the second
             with Job(f"{_HERE}:is_refused", 2, folder, daemon.endpoint, str(folder / "run"), *facts) as job:
                 job.wait()
+
+
+def shared_memory_of_another_container(folder: Path) -> None:
+    """The saver sees a /dev/shm of its own, so it could never hand over a slot."""
+    if os.geteuid() != 0:
+        return
+    wrapper = _in_mount_namespace("mount -t tmpfs -o size=16m none /dev/shm")
+    facts = (r"rank \d does not see the /dev/shm of the saver", "--ipc=container", "emptyDir")
+    with (
+        Daemon(folder / "d", folder, wrapper=wrapper) as daemon,
+        Job(f"{_HERE}:is_refused", 2, folder, daemon.endpoint, str(folder / "run"), *facts) as job,
+    ):
+        job.wait()
+    assert "rejected (foreign_host, number 2)" in daemon.log.read_text()
 
 
 def directory_is_read_only(folder: Path) -> None:
@@ -330,6 +342,7 @@ SCENARIOS: dict[str, Scenario] = {
         two_jobs_in_one_directory,
         outside_the_root,
         shared_memory_is_too_small,
+        shared_memory_of_another_container,
         directory_is_read_only,
     )
 }
