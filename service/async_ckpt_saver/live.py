@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
-from pathlib import Path
+
+import msgspec
 
 from async_ckpt.core import manifest
 from async_ckpt.core.errors import CheckpointError
@@ -34,7 +36,8 @@ from .recovery import commit_once
 from .retention import apply_policy
 from .run import Action, Commit, Report, Run
 from .services import Services
-from .writer import sweep
+from .storage import below_root
+from .writer import CommitError, CommitJob, CommitResult, sweep
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +107,10 @@ class LiveRun:
         """Take up what an earlier saver left: the journal is what the ranks had said, the disk what it had done."""
         try:
             self._know_committed()
-        except CheckpointError as error:  # what it had done is found out again when a step of it is to be committed
+        except (
+            OSError,
+            CheckpointError,
+        ) as error:  # found out again when a step of it is to be committed
             log.error("%s cannot be read: %s", self.image.directory, error)
         for cell in self.image.staged_cells():
             told = cell.step <= self.image.states[cell.slot].settled_step
@@ -118,7 +124,9 @@ class LiveRun:
             self._perform(self._machine.report(cell.rank, cell.slot, cell.step, "staged"))
 
     def _know_committed(self) -> None:
-        sweep(self.image.directory)  # half a commit, and names that are not durable yet
+        if os.path.isdir(self.image.directory):
+            with below_root(self.image.directory, self._services.root) as place:
+                sweep(place)  # half a commit, and names that are not durable yet
         for step, path in manifest.committed(self.image.directory):
             found = manifest.read_manifest(path)
             if found.run == self.image.path.name:
@@ -221,8 +229,7 @@ class LiveRun:
     async def _commit(self, order: Commit) -> None:
         try:
             job = self.image.commit_job(order)
-            still_whole = self.image.states[order.slot].complete_step
-            result = await self._services.in_thread(lambda: commit_once(job, lambda: still_whole() == order.step))
+            result = await self._services.in_thread(lambda: self._write(job, order))
         except Exception as error:  # whatever it is, training and the next save go on
             if not isinstance(error, CheckpointError):
                 log.exception("commit of step %d failed", order.step)
@@ -243,10 +250,26 @@ class LiveRun:
             await self._retain()
         self._maybe_end()
 
+    def _write(self, job: CommitJob, order: Commit) -> CommitResult:
+        still_whole = self.image.states[order.slot].complete_step
+        with below_root(job.directory, self._services.root) as place:
+            try:
+                result = commit_once(msgspec.structs.replace(job, directory=place), lambda: still_whole() == order.step)
+            except CommitError as error:
+                error.reason = error.reason.replace(place, job.directory)  # the name that people know
+                error.args = (error.reason,)
+                raise
+        return msgspec.structs.replace(result, path=job.final)
+
     async def _retain(self) -> None:
-        directory, policy = Path(self.image.directory), self.image.record.options.policy
+        directory, policy = self.image.directory, self.image.record.options.policy
+
+        def retain() -> None:
+            with below_root(directory, self._services.root) as place:
+                apply_policy(place, policy)
+
         try:
-            await self._services.in_thread(lambda: apply_policy(directory, policy))
+            await self._services.in_thread(retain)
         except (OSError, CheckpointError) as error:
             log.error("retention in %s failed: %s", directory, error)
 

@@ -1,4 +1,4 @@
-"""The run's directory before the first commit."""
+"""The run's directory: made, tried, and held while something is written to it, so that it is below the root."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from async_ckpt.core.errors import CheckpointError
 
-from .filesystem import make_directories
+from .filesystem import fsync_directory
 
 
 def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
@@ -20,8 +20,6 @@ def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
     Raises CheckpointError with the path and the reason, also if it leads out of `root` once symbolic links are
     followed; then nothing that was not there before is left.
     """
-    if not directory.resolve().is_relative_to(root):
-        raise CheckpointError(f"{directory} leads to {directory.resolve()}, which is outside this saver's root {root}")
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
 
     def undo() -> None:
@@ -30,10 +28,10 @@ def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
                 path.rmdir()
 
     try:
-        make_directories(str(directory))  # synced, so that what is committed into it survives a power loss
-        fd, probe = tempfile.mkstemp(prefix=".async-ckpt-probe-", dir=directory)
-        os.close(fd)
-        os.unlink(probe)
+        with below_root(str(directory), root) as place:
+            fd, probe = tempfile.mkstemp(prefix=".async-ckpt-probe-", dir=place)
+            os.close(fd)
+            os.unlink(probe)
     except OSError as error:
         undo()
         denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -41,3 +39,46 @@ def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
             "choose another directory")  # fmt: skip
         raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}: {advice}") from error
     return undo
+
+
+@contextlib.contextmanager
+def below_root(directory: str, root: Path) -> Iterator[str]:
+    """Within the block the path that is given means one directory below `root`, whatever is renamed, or replaced by a
+    symbolic link, meanwhile: it leads through a descriptor, whose place is asked of the kernel when it is open.
+
+    Missing directories are made, durably, and never through a link. Raises CheckpointError if `directory` leads out
+    of `root`, OSError for the rest.
+    """
+    fd = _open_below(directory, root)
+    try:
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def _open_below(directory: str, root: Path) -> int:
+    present, missing = directory, list[str]()
+    while True:
+        try:
+            fd = os.open(present, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            break
+        except FileNotFoundError:
+            if os.path.lexists(present):  # a link to nowhere: what it means is not ours to make
+                raise
+            present, name = os.path.split(present)
+            missing.insert(0, name)
+    try:
+        real = Path(os.readlink(f"/proc/self/fd/{fd}"), *missing)
+        if ".." in missing or not real.is_relative_to(root):
+            raise CheckpointError(f"{directory} leads to {real}, which is outside this saver's root {root}")
+        for name in missing:
+            with contextlib.suppress(FileExistsError):  # another commit has made it since
+                os.mkdir(name, dir_fd=fd)
+            fsync_directory(f"/proc/self/fd/{fd}")
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

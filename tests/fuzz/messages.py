@@ -41,9 +41,7 @@ class FuzzedSaver:
         self.loop = asyncio.new_event_loop()
         self.endpoint = f"ipc:///nowhere/{secrets.token_hex(6)}"
         self.answers: list[FromSaver] = []
-        self.services = Services(
-            endpoint=self.endpoint, root=root, incarnation="fuzz", send=self._send, loop=self.loop
-        )
+        self.services = Services(endpoint=self.endpoint, root=root, incarnation="fuzz", send=self._send, loop=self.loop)
         self.hub = Hub(self.services)
 
     def _send(self, identity: bytes, message: FromSaver) -> None:

@@ -140,6 +140,8 @@ def test_words_that_make_no_sense_now_are_answered_and_counted(saver: SaverProce
         assert "before the run has started" in peer.hear(Rejected).reason
         peer.say(Ready())
         peer.hear(Started)
+        peer.say(register(home / "run", rank=1))
+        assert "rank 0 says it is 1" in peer.hear(Rejected).reason
         peer.say(Skipped(seq=3, slot=2, step=1, reason="busy"))
         assert "slot 2 of 2" in peer.hear(Rejected).reason
         peer.socket.send(encode(Ping(unsettled=[])))
