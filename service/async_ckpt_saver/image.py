@@ -21,16 +21,8 @@ from async_ckpt.core.slots import (
 )
 
 from .replicas import diverged
-from .run import Commit
+from .run import Commit, StagedCell
 from .writer import CommitJob
-
-
-class StagedCell(msgspec.Struct, frozen=True, order=True):
-    """What a rank's cell says: it staged `step` in `slot`."""
-
-    step: int
-    slot: int
-    rank: int
 
 
 class RunImage:

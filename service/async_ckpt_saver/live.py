@@ -107,21 +107,10 @@ class LiveRun:
         """Take up what an earlier saver left: the journal is what the ranks had said, the disk what it had done."""
         try:
             self._know_committed()
-        except (
-            OSError,
-            CheckpointError,
-        ) as error:  # found out again when a step of it is to be committed
+        except (OSError, CheckpointError) as error:  # found out when a step of it is to be committed
             log.error("%s cannot be read: %s", self.image.directory, error)
-        for cell in self.image.staged_cells():
-            told = cell.step <= self.image.states[cell.slot].settled_step
-            if told and self._machine.settled(cell.step) is None:
-                # It failed, or retention has removed it. Its slot may be half another step's by now.
-                self._machine.know(
-                    Settled(
-                        step=cell.step, slot=cell.slot, outcome="failed", reason="told before the saver was replaced"
-                    )
-                )
-            self._perform(self._machine.report(cell.rank, cell.slot, cell.step, "staged"))
+        told = [state.settled_step for state in self.image.states]
+        self._perform(self._machine.take_up(self.image.staged_cells(), told))
 
     def _know_committed(self) -> None:
         if os.path.isdir(self.image.directory):
@@ -142,16 +131,26 @@ class LiveRun:
         elif isinstance(message, Ready):
             self._rank_ready(rank)
         elif isinstance(message, Staged):
+            self._catch_up(rank, message.step)
             self._perform(self._machine.report(rank, message.slot, message.step, "staged"))
         elif isinstance(message, Skipped | Failed):
             report: Report = "skipped" if isinstance(message, Skipped) else "failed"
             reason = message.reason[:MAX_REASON_CHARS]
+            self._catch_up(rank, message.step)
             self._perform(self._machine.report(rank, message.slot, message.step, report, reason))
         elif isinstance(message, Bye):
             self._closed.add(rank)
             self._leave(rank, "closed its checkpointer")
         if isinstance(message, Staged | Skipped | Failed | Bye):
             self._send(rank, Ack(seq=message.seq))
+
+    def _catch_up(self, rank: int, step: int) -> None:
+        """What `rank` has staged before `step` is in its cells. Its word of it may come later, if at all: what was sent
+        to a saver that died is said again, after what was said since."""
+        for cell in self.image.staged_cells(rank):
+            told = self.image.states[cell.slot].settled_step
+            if told < cell.step < step and self._machine.settled(cell.step) is None:
+                self._perform(self._machine.report(rank, cell.slot, cell.step, "staged"))
 
     def _senseless(self, message: FromRank) -> str | None:
         """Why no rank of this run can have meant it."""
@@ -222,7 +221,7 @@ class LiveRun:
                 self._send(action.rank, action.settled)
             else:
                 settled = action.settled
-                self.image.settle(settled.slot, settled.step)
+                self.image.settle(settled.slot, self._machine.told(settled.slot))
                 log.info("step %d of %s: %s %s", settled.step, self.image.directory, settled.outcome, settled.reason)
                 self.tell_all(settled)
 

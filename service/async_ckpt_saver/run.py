@@ -14,6 +14,7 @@ every step that was reported is settled exactly once, and reported again to whoe
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
@@ -21,6 +22,14 @@ import msgspec
 from async_ckpt.core.protocol import Settled
 
 _REMEMBERED = 64  # settled steps that a late or repeated report may still ask for; ranks have at most MAX_SLOTS open
+
+
+class StagedCell(msgspec.Struct, frozen=True, order=True):
+    """What a rank's cell in the journal says: it staged `step` in `slot`."""
+
+    step: int
+    slot: int
+    rank: int
 
 
 class Commit(msgspec.Struct, frozen=True):
@@ -60,6 +69,7 @@ class Run:
         self._settled: OrderedDict[int, Settled] = OrderedDict()
         self._gone: dict[int, str] = {}
         self._forgotten_step: int | None = None
+        self._told_before: list[int] = []  # slot -> step: what an earlier saver has settled
 
     @property
     def idle(self) -> bool:
@@ -80,9 +90,25 @@ class Run:
     def settled(self, step: int) -> Settled | None:
         return self._settled.get(step)
 
+    def told(self, slot: int) -> int:
+        """For the journal: up to which step every step that was put into `slot` has been settled, -1 for none.
+
+        A step that a rank skipped because the slot still holds an earlier one does not count before that one does:
+        else the next saver would take the earlier one for settled, and it would be lost.
+        """
+        held = [entry.step for entry in self._unsettled() if entry.slot == slot]
+        settled = [each.step for each in self._settled.values() if each.slot == slot]
+        return max((step for step in settled if not held or step < min(held)), default=-1)
+
     def know(self, settled: Settled) -> None:
         """A step that was settled before this machine was made."""
         self._remember(settled)
+
+    def take_up(self, cells: Iterable[StagedCell], told: Sequence[int]) -> list[Action]:
+        """Go on, in a new machine that was told to `know` what is on disk, with what the journal of an earlier saver
+        says: all cells that say STAGED, in order, and for each slot what `told` gave."""
+        self._told_before = list(told)
+        return [action for cell in cells for action in self.report(cell.rank, cell.slot, cell.step, "staged")]
 
     def report(self, rank: int, slot: int, step: int, report: Report, reason: str = "") -> list[Action]:
         """Rank `rank` says of `step`, which it put into `slot`, that it was staged, skipped or failed."""
@@ -91,6 +117,11 @@ class Run:
             return [*actions, Tell(self._settled[step], rank)]
         if self._is_ready(step):
             return actions
+        if slot < len(self._told_before) and step <= self._told_before[slot]:
+            # It failed, or retention has removed it. Its slot may be half another step's by now.
+            reason = "told before the saver was replaced"
+            self._settled[step] = Settled(step=step, slot=slot, outcome="failed", reason=reason)
+            return [*actions, Tell(self._settled[step], rank)]
         if self._forgotten_step is not None and step <= self._forgotten_step:
             stale = Settled(step=step, slot=slot, outcome="skipped", reason="it was settled long ago")
             return [*actions, Tell(stale, rank)]
@@ -125,6 +156,10 @@ class Run:
         entry = self._finish_commit(step)
         settled = Settled(step=step, slot=entry.slot, outcome="failed", reason=reason)
         return [*self._remember(settled), *self._start_next()]
+
+    def _unsettled(self) -> list[_Step]:
+        committing = [self.committing] if self.committing is not None else []
+        return [*self._open.values(), *self._ready, *committing]
 
     def _is_ready(self, step: int) -> bool:
         return any(entry.step == step for entry in self._ready) or (

@@ -665,3 +665,71 @@ async def test_a_saver_that_starts_on_a_failing_disk_goes_on_with_the_run(endpoi
     assert (await after.hear("A", Settled, 3)).outcome == "committed"
     after.say("A", Bye(seq=4))
     await after.until(after.gone, "everything gone")
+
+
+@scenario
+async def test_a_save_skipped_for_want_of_a_slot_does_not_cost_the_step_in_it(endpoint: str, root: Path) -> None:
+    """The disk is slow, the rank skips a step whose slot still holds an earlier one, and the saver is killed."""
+    saver = Bench(endpoint, root)
+    granted = await saver.start(root / "run", "A")
+    started, release = threading.Event(), threading.Event()
+    original = live.commit_once
+
+    def stuck(job: Any, still_whole: Callable[[], bool]) -> Any:
+        started.set()
+        assert release.wait(30)
+        raise OSError("this saver is dead")
+
+    live.commit_once = stuck
+    try:
+        stage(granted, 0, 0, 1)
+        saver.say("A", Staged(seq=1, slot=0, step=1, copy_s=0.1))
+        await saver.until(started.is_set, "the commit begun")
+        saver.say("A", Skipped(seq=2, slot=0, step=3, reason="slot 0 still holds step 1"))
+        assert [settled.step for settled in saver.heard("A", Settled)] == [3]
+    finally:
+        live.commit_once = original
+    after = Bench(endpoint, root)
+    after.hub.adopt()
+    after.say("A", Ping(unsettled=[1]))
+    await after.until((root / "run" / "checkpoint-1").exists, "the commit")
+    after.say("A", Bye(seq=3))
+    await after.until(after.gone, "everything gone")
+    release.set()
+    await saver.services.drain()
+
+
+@scenario
+async def test_a_report_that_is_said_again_after_a_later_one_costs_no_step(endpoint: str, root: Path) -> None:
+    """The first saver died with B's word on step 1; B is heard on step 2 before it says it again."""
+    saver = Bench(endpoint, root)
+    granted = await saver.start(root / "run", "AB")
+    after = Bench(endpoint, root)
+    after.hub.adopt()
+    for step in (1, 2):
+        for rank in (0, 1):
+            stage(granted, rank, step % 2, step)
+    after.say("A", Staged(seq=1, slot=1, step=1, copy_s=0.1))
+    after.say("B", Staged(seq=2, slot=0, step=2, copy_s=0.1))
+    after.say("A", Staged(seq=2, slot=0, step=2, copy_s=0.1))
+    after.say("B", Staged(seq=1, slot=1, step=1, copy_s=0.1))
+    await after.hear("A", Settled, 2)
+    assert [(each.step, each.outcome) for each in after.heard("A", Settled)] == [(1, "committed"), (2, "committed")]
+    for name in "AB":
+        after.say(name, Bye(seq=3))
+    await after.until(after.gone, "everything gone")
+
+
+@scenario
+async def test_a_step_that_an_earlier_saver_settled_is_settled_for_late_ones(endpoint: str, root: Path) -> None:
+    saver = Bench(endpoint, root)
+    granted = await saver.start(root / "run", "AB")
+    saver.say("A", Skipped(seq=1, slot=1, step=1, reason="busy"))
+    after = Bench(endpoint, root)
+    after.hub.adopt()
+    stage(granted, 1, 1, 1)
+    after.say("B", Staged(seq=1, slot=1, step=1, copy_s=0.1))
+    assert (await after.hear("B", Settled)).outcome == "failed"
+    for name in "AB":
+        after.say(name, Bye(seq=3))
+    await after.until(after.gone, "everything gone")
