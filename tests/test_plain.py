@@ -150,3 +150,33 @@ def test_torchs_stateful_loader_goes_on_where_it_was(workers: int) -> None:
     after = loader()
     after.load_state_dict(from_plain(saved))
     assert [batch.tolist() for batch in after] == expected
+
+
+_TENSOR = {"dtype": "float32", "shape": [1], "data": "AAAAAA=="}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"$tensor": _TENSOR | {"dtype": "no_such_type"}}, {"$tensor": _TENSOR | {"dtype": "load"}},
+        {"$tensor": _TENSOR | {"shape": [2**70]}}, {"$tensor": _TENSOR | {"shape": [10**12]}}, {"$tensor": 1},
+        {"$tensor": _TENSOR | {"data": "AAA"}}, {"$tensor": _TENSOR | {"data": "!"}}, {"$float": []}, {"$bytes": 1},
+        {"$items": [[[1], 2]]}, {"$items": 1}, {"$items": [[1]]}, {"$counter": [["a", "b", "c"]]}, {"$unknown": 1},
+    ],
+)  # fmt: skip
+def test_what_was_not_made_by_us_is_refused(value: Any) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        from_plain(value)
+
+
+def test_nesting_without_end_is_refused_both_ways() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    deep: Any = 1
+    for _ in range(5000):
+        deep = [deep]
+    for value in (endless, deep):
+        with pytest.raises(CheckpointError, match="nested"):
+            to_plain("state", value)
+        with pytest.raises(CheckpointError, match="nested"):
+            from_plain(value)

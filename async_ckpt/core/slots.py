@@ -129,6 +129,9 @@ class StateFile:
 
     def __init__(self, path: Path) -> None:
         with path.open("r+b") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes < _HEADER.size:
+                raise CheckpointError(f"{path} is no slot state file: it has {size_bytes} bytes")
             self._map = mmap.mmap(file.fileno(), 0)
         magic, world, _ = _HEADER.unpack_from(self._map)
         if magic != _MAGIC or len(self._map) != (world + 1) * _CELL_BYTES:

@@ -49,7 +49,7 @@ from async_ckpt.core.protocol import (
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt.core.slots import Phase, SlotPaths, StateFile, read_journals, remove_run, shm_identity
-from async_ckpt_saver import desk, live, watch
+from async_ckpt_saver import desk, hub, live, watch
 from async_ckpt_saver.hub import Hub
 from async_ckpt_saver.services import Services
 from async_ckpt_saver.temporaries import held, leftovers
@@ -733,3 +733,23 @@ async def test_a_step_that_an_earlier_saver_settled_is_settled_for_late_ones(end
     for name in "AB":
         after.say(name, Bye(seq=3))
     await after.until(after.gone, "everything gone")
+
+
+@scenario
+async def test_runs_registrations_and_ranks_are_capped(endpoint: str, root: Path) -> None:
+    caps = hub.MAX_RUNS, hub.MAX_REGISTRATIONS, hub.MAX_IDENTITIES
+    try:
+        for caps_now, words in (
+            ((2, 9, 9), "serves 2 directories already, at most 2 (MAX_RUNS)"),
+            ((9, 2, 9), "2 other jobs are attaching right now, at most 2 (MAX_REGISTRATIONS)"),
+            ((9, 9, 2), "has 2 ranks, at most 2 (MAX_IDENTITIES)"),
+        ):
+            hub.MAX_RUNS, hub.MAX_REGISTRATIONS, hub.MAX_IDENTITIES = caps_now
+            saver = Bench(endpoint, root)
+            for name in "ABC":
+                saver.say(name, register(root / name, 0, 2))
+            assert saver.heard("A", Refused) + saver.heard("B", Refused) == []
+            assert words in saver.heard("C", Refused)[0].reason
+            assert saver.services.rejections.counts["limit"] == 1
+    finally:
+        hub.MAX_RUNS, hub.MAX_REGISTRATIONS, hub.MAX_IDENTITIES = caps
