@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -42,8 +40,9 @@ from async_ckpt.core.protocol import (
     decode_from_saver,
     encode,
 )
-from async_ckpt.core.transport import Door, Transport
+from async_ckpt.core.transport import Transport
 
+from .connection import Connection, Outbox
 from .embedded import EmbeddedSaver
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PING_S = 1.0
-_REPEAT_S = 2.0  # after which an unacknowledged message is sent again
 _SILENCE_S = 3.0  # after which an embedded saver is looked after
 _UNANSWERED = 2  # and so many pings
 _SILENT_S = 10.0  # after which one full timeout is enough to wait for a saver
@@ -96,8 +94,7 @@ class Client:
         self._refused: Refused | None = None  # came when nothing was asked, and answers what is asked next
         self._request: _Request | None = None  # asked, not yet sent
         self._pending: _Request | None = None  # sent, not yet answered
-        self._unacknowledged: OrderedDict[int, tuple[float, bytes]] = OrderedDict()
-        self._all_acknowledged = threading.Event()
+        self._outbox = Outbox()
         self._incarnation: str | None = None
         self._reached = threading.Event()
         self._heard_s = time.monotonic()
@@ -108,20 +105,8 @@ class Client:
         self._stopped = False
         if embedded is not None:
             embedded.ensure()
-        self._context = zmq.Context(1)
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set(zmq.IDENTITY, secrets.token_bytes(16))
-        self._socket.set(zmq.SNDHWM, 0)
-        self._socket.set(zmq.RCVHWM, 0)
-        self._socket.set(zmq.LINGER, 500)
-        self._socket.set(zmq.RECONNECT_IVL, 20)
-        self._door = Door(self._socket) if transport.encrypted else None
         self._denied: str | None = None  # why this saver cannot be talked to
-        try:
-            transport.connect(self._socket, keys)
-        except CheckpointError:
-            self._close_socket()
-            raise
+        self._connection = Connection(transport, keys)
         self._thread = threading.Thread(target=self._converse, name="async-ckpt-client", daemon=True)
         self._thread.start()
 
@@ -182,9 +167,9 @@ class Client:
             return
         self._leaving = True
         if self._started and self._thread.is_alive():
-            self._all_acknowledged.clear()
+            self._outbox.all_acknowledged.clear()
             self.report(lambda seq: Bye(seq=seq))
-            if not self._all_acknowledged.wait(_GOODBYE_S):
+            if not self._outbox.all_acknowledged.wait(_GOODBYE_S):
                 log.debug("the saver at %s did not acknowledge the goodbye", self.endpoint)
         self._stopped = True
         self._wake()
@@ -202,9 +187,8 @@ class Client:
         if not reached:
             if self._embedded is not None and self._embedded.alive():
                 raise CheckpointError(f"no answer after {reach_s:g} s: {self.silence}")
-            hint = self._door.hint if self._door is not None else ""
             raise CheckpointError(
-                f"no saver answers at {self.endpoint} after {reach_s:g} s{hint}: is it running? "
+                f"no saver answers at {self.endpoint} after {reach_s:g} s{self._connection.hint}: is it running? "
                 f"`async-ckpt-saver run --bind {self.endpoint} --root DIR` starts one, or leave out saver= (and "
                 f"ASYNC_CKPT_SAVER) to have one started here"
             )
@@ -228,23 +212,15 @@ class Client:
 
     def _converse(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        self._connection.register(poller)
         poller.register(self._wake_fd, zmq.POLLIN)
-        if self._door is not None:
-            poller.register(self._door.monitor, zmq.POLLIN)
         try:
             self._loop(poller)
         except Exception as error:  # training goes on without checkpoints, and says so
             log.exception("the conversation with the saver at %s broke", self.endpoint)
             self._on_lost(f"the conversation with the saver broke: {error!r}")
         finally:
-            self._close_socket()
-
-    def _close_socket(self) -> None:
-        if self._door is not None:
-            self._door.close()
-        self._socket.close()
-        self._context.term()
+            self._connection.close()
 
     def _loop(self, poller: zmq.Poller) -> None:
         pinged_s = 0.0
@@ -259,10 +235,10 @@ class Client:
             ready = dict(poller.poll(1000 if self._reached.is_set() else 100))
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
-            if self._door is not None and (denied := self._door.look()) is not None:
+            if (denied := self._connection.denied()) is not None:
                 self._deny(denied)
             self._send_inbox()
-            if self._socket in ready and self._drain_socket():
+            if self._connection.socket in ready and self._drain_socket():
                 self._heard_s = time.monotonic()
                 self._unanswered = 0
                 self._warned = False
@@ -288,13 +264,7 @@ class Client:
         self._send(Ping(unsettled=unsettled))
 
     def _send(self, message: FromRank) -> None:
-        self._send_payload(encode(message))
-
-    def _send_payload(self, payload: bytes) -> None:
-        try:
-            self._socket.send(payload, zmq.NOBLOCK)
-        except zmq.Again:
-            log.debug("the saver at %s is not connected", self.endpoint)
+        self._connection.send(encode(message))
 
     def _send_inbox(self) -> None:
         request = self._request
@@ -310,14 +280,12 @@ class Client:
             message = self._inbox.get()
             payload = encode(message)
             if isinstance(message, Report):
-                self._unacknowledged[message.seq] = (time.monotonic(), payload)
-            self._send_payload(payload)
+                self._outbox.add(message.seq, payload)
+            self._connection.send(payload)
 
     def _repeat(self, now_s: float, *, all_of_them: bool = False) -> None:
-        for seq, (sent_s, payload) in list(self._unacknowledged.items()):
-            if all_of_them or now_s - sent_s >= _REPEAT_S:
-                self._unacknowledged[seq] = (now_s, payload)
-                self._send_payload(payload)
+        for payload in self._outbox.due(now_s, all_of_them=all_of_them):
+            self._connection.send(payload)
 
     def _look_after_saver(self) -> None:
         if self._embedded is None or self._embedded.alive():
@@ -326,8 +294,7 @@ class Client:
                 log.warning("%s", self.silence)
             return
         if self._leaving and not self._unsettled:
-            self._unacknowledged.clear()  # it has ended because everyone has left
-            self._all_acknowledged.set()
+            self._outbox.clear()  # it has ended because everyone has left
             return
         log.warning("the embedded saver is gone, killed by somebody or by the kernel for want of memory (see `dmesg`); "
                     "starting another (log: %s)", self._embedded.log_path)  # fmt: skip
@@ -340,7 +307,7 @@ class Client:
         heard = False
         while True:
             try:
-                payload = self._socket.recv(zmq.NOBLOCK)
+                payload = self._connection.socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return heard
             heard = True
@@ -353,9 +320,7 @@ class Client:
         if isinstance(message, Pong):
             self._meet(message)
         elif isinstance(message, Ack):
-            self._unacknowledged.pop(message.seq, None)
-            if not self._unacknowledged:
-                self._all_acknowledged.set()
+            self._outbox.acknowledged(message.seq)
         elif isinstance(message, Settled):
             self._on_settled(message)
         elif isinstance(message, Rejected) and self._pending is not None:

@@ -164,7 +164,7 @@ _TENSOR = {"dtype": "float32", "shape": [1], "data": "AAAAAA=="}
         {"$items": [[[1], 2]]}, {"$items": 1}, {"$items": [[1]]}, {"$counter": [["a", "b", "c"]]}, {"$unknown": 1},
     ],
 )  # fmt: skip
-def test_what_was_not_made_by_us_is_refused(value: Any) -> None:
+def test_content_that_cannot_be_is_refused(value: Any) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         from_plain(value)
 

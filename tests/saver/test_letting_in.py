@@ -262,6 +262,7 @@ class Doors:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.endpoint = f"tcp://127.0.0.1:{free_port()}"
+        home.mkdir(parents=True, exist_ok=True)
         (home / "allow").mkdir(mode=0o700)
         self.public, self.secret = generate(home / "saver")
         allowed, mine = generate(home / "allow" / "client")

@@ -10,6 +10,8 @@ import pytest
 import torch.distributed as dist
 
 import async_ckpt
+from async_ckpt.core.transport import SECRET_VARIABLE, SERVER_VARIABLE
+from tests.saver.test_letting_in import Doors
 from tests.system.processes import Daemon, Job, Scenario, assert_torch_free, run_together, runs_of, savers, until
 from tests.system.training import (
     adamw,
@@ -140,6 +142,16 @@ def restarted_between_saves(folder: Path) -> None:
     check_ended(second)
 
 
+def over_tcp(folder: Path) -> None:
+    """A whole job, with keys on either side."""
+    doors = Doors(folder)
+    env = {SECRET_VARIABLE: str(folder / "client.key_secret"), SERVER_VARIABLE: str(doors.public)}
+    with doors.start() as saver, Job(f"{_HERE}:saves", 2, folder, "fsdp2", doors.endpoint, env=env) as job:
+        job.wait()
+        assert "rejected" not in saver.said()
+    check_run(folder)
+
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.__name__: scenario
     for scenario in (
@@ -147,6 +159,7 @@ SCENARIOS: dict[str, Scenario] = {
         second_daemon_on_one_endpoint,
         named_by_the_environment,
         restarted_between_saves,
+        over_tcp,
     )
 }
 
