@@ -42,7 +42,7 @@ from async_ckpt.core.protocol import (
 )
 from async_ckpt.core.transport import Transport
 
-from .connection import Connection, Outbox
+from .connection import Connection, Outbox, Request
 from .embedded import EmbeddedSaver
 
 if TYPE_CHECKING:
@@ -66,16 +66,6 @@ class SaverRestarted(CheckpointError):
     """The saver was replaced while a run was being set up: what it had granted is void, register again."""
 
 
-class _Request:
-    def __init__(self, message: FromRank, expected: type[msgspec.Struct], layout: Layout | None) -> None:
-        self.message = message
-        self.expected = expected
-        self.layout = layout
-        self.answer: FromSaver | None = None
-        self.void = False
-        self.answered = threading.Event()
-
-
 class Client:
     """Thread-safe. Raises CheckpointError if an embedded saver is wanted and does not come up, or if others could
     listen where `transport` leads."""
@@ -92,8 +82,8 @@ class Client:
         self._sequence = 0
         self._lock = threading.Lock()
         self._refused: Refused | None = None  # came when nothing was asked, and answers what is asked next
-        self._request: _Request | None = None  # asked, not yet sent
-        self._pending: _Request | None = None  # sent, not yet answered
+        self._request: Request | None = None  # asked, not yet sent
+        self._pending: Request | None = None  # sent, not yet answered
         self._outbox = Outbox()
         self._incarnation: str | None = None
         self._reached = threading.Event()
@@ -177,7 +167,7 @@ class Client:
         os.close(self._wake_fd)
 
     def _ask(self, message: FromRank, answer: type[T], timeout_s: float, layout: Layout | None = None) -> T:
-        request = _Request(message, answer, layout)
+        request = Request(message, answer, layout)
         self._request = request
         self._wake()
         reach_s = min(timeout_s, _REACH_S)
@@ -248,7 +238,7 @@ class Client:
         self._denied = reason
         self._reached.set()
 
-    def _say_again(self, pending: _Request, pong: Pong) -> None:
+    def _say_again(self, pending: Request, pong: Pong) -> None:
         """To a new incarnation. It knows what is in a journal; of a run that had not started there is none."""
         if isinstance(pending.message, Ready) and not pong.known:
             pending.void = True

@@ -1,4 +1,4 @@
-"""A rank's socket to its saver, and what is still to be acknowledged over it."""
+"""A rank's socket to its saver, and what is still to be answered or acknowledged over it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import msgspec
 import zmq
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.protocol import FromRank, FromSaver, Layout
 from async_ckpt.core.transport import Door, Transport
 
 if TYPE_CHECKING:
@@ -67,6 +69,18 @@ class Connection:
             self._door.close()
         self.socket.close()
         self._context.term()
+
+
+class Request:
+    """What a rank asks, and the answer when it is there; `void` if the saver was replaced before it came."""
+
+    def __init__(self, message: FromRank, expected: type[msgspec.Struct], layout: Layout | None) -> None:
+        self.message = message
+        self.expected = expected
+        self.layout = layout
+        self.answer: FromSaver | None = None
+        self.void = False
+        self.answered = threading.Event()
 
 
 class Outbox:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.slots import private_directory
+from async_ckpt.core.private import private_directory
 
 _START_TIMEOUT_S = 30.0
 _POLL_S = 0.002

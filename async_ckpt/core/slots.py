@@ -33,6 +33,7 @@ import xxhash
 
 from .errors import CheckpointError
 from .limits import MAX_JOURNAL_BYTES, MAX_RECORD_BYTES
+from .private import private_directory, read_capped, write_private
 from .protocol import Layout, Options, Process, SaveRecord, Started, decode_stored
 
 SHM = Path("/dev/shm")
@@ -83,30 +84,6 @@ class RunRecord(msgspec.Struct, frozen=True):
     launcher: Process | None
     versions: dict[str, str]
     started: Started | None = None
-
-
-def private_directory(path: Path) -> Path:
-    """Make `path` a directory that only this user can enter. Raises CheckpointError if it is someone else's."""
-    info = _made(path)
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise CheckpointError(
-            f"{path} must be a directory of uid {os.getuid()} with mode 0700, but it has uid {info.st_uid} and mode "
-            f"{stat.filemode(info.st_mode)}; remove it and try again"
-        )
-    return path
-
-
-def _made(path: Path) -> os.stat_result:
-    """Another saver that ends removes the directory it shares with us when that is empty: then it is made again."""
-    for _ in range(_RACES):
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return path.lstat()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be made: {error.strerror or error}") from error
-    raise CheckpointError(f"{path} cannot be made: somebody removes it again and again")
 
 
 def shm_root() -> Path:
@@ -207,7 +184,7 @@ class SlotPaths:
         """Raises CheckpointError if the record is missing, damaged, or larger than any that `write_record` writes."""
         path = self.record(rank)
         try:
-            return decode_stored(_read_capped(path, MAX_RECORD_BYTES), SaveRecord)
+            return decode_stored(read_capped(path, MAX_RECORD_BYTES), SaveRecord)
         except (OSError, msgspec.DecodeError) as error:
             raise CheckpointError(f"the record {path} cannot be read: {error}") from error
 
@@ -291,7 +268,7 @@ def _create_image(image: Path, layout: Layout) -> None:
     for name, content in layout.documents.items():
         path = image / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write_private(path, content)
+        write_private(path, content)
 
 
 def write_journal(run: Path, record: RunRecord) -> None:
@@ -302,7 +279,7 @@ def write_journal(run: Path, record: RunRecord) -> None:
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
-        _write_private(temporary, content)
+        write_private(temporary, content)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -320,21 +297,6 @@ def _replace(path: Path, content: bytes) -> None:
         raise
 
 
-def _write_private(path: Path, data: bytes) -> None:
-    """Whatever the umask, for this user alone; never through a symbolic link."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(data)
-
-
-def _read_capped(path: Path, limit_bytes: int) -> bytes:
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-        data = file.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
-        raise OSError(f"it has more than {limit_bytes} bytes")
-    return data
-
-
 def new_run_path(endpoint: str) -> Path:
     return shm_root() / f"{_endpoint_key(endpoint)}-{secrets.token_hex(8)}"
 
@@ -347,7 +309,7 @@ def read_journals(endpoint: str) -> Iterator[tuple[Path, RunRecord]]:
             info = run.lstat()
             if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
                 continue
-            yield run, decode_stored(_read_capped(run / "run.msgpack", MAX_JOURNAL_BYTES), RunRecord)
+            yield run, decode_stored(read_capped(run / "run.msgpack", MAX_JOURNAL_BYTES), RunRecord)
         except (OSError, msgspec.DecodeError):
             remove_run(run)
 

@@ -21,7 +21,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from .errors import CheckpointError
-from .slots import private_directory
+from .private import private_directory
 
 if TYPE_CHECKING:
     from .keys import ClientKeys, KeyPair  # only tcp needs it, and it takes time to import

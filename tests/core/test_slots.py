@@ -11,6 +11,7 @@ import pytest
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import TensorSpec, plan_file
+from async_ckpt.core.private import private_directory
 from async_ckpt.core.protocol import ImageFile, Layout, Options, SaveRecord
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt.core.slots import (
@@ -21,7 +22,6 @@ from async_ckpt.core.slots import (
     create_slots,
     image_bytes,
     new_run_path,
-    private_directory,
     read_journals,
     remove_run,
 )
