@@ -163,14 +163,13 @@ def test_a_record_that_cannot_be_written_says_why_and_leaves_the_old_one(
 ) -> None:
     slot = create_slots(run, record(), LAYOUT)[0]
     slot.write_record(0, SaveRecord(1, {}, None, {}))
-    write_bytes = Path.write_bytes
 
-    def half(path: Path, content: bytes) -> int:
-        write_bytes(path, content[: len(content) // 2])
+    def half(path: Path, content: bytes) -> None:
+        path.write_bytes(content[: len(content) // 2])
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", half)
+        patch.setattr("async_ckpt.core.slots.write_private", half)
         with pytest.raises(CheckpointError, match=said):
             slot.write_record(0, SaveRecord(2, {}, None, {}))
     assert slot.read_record(0).step == 1
