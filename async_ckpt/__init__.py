@@ -13,17 +13,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .core.errors import CheckpointError
-from .core.manifest import latest
 
 if TYPE_CHECKING:
     from .attaching import attach
     from .checkpointer import Checkpointer
+    from .core.manifest import latest
     from .handle import SaveHandle
     from .restore import Restored
 
 __all__ = ["CheckpointError", "Checkpointer", "Restored", "SaveHandle", "attach", "latest"]
 
-_HOMES = {"Checkpointer": "checkpointer", "Restored": "restore", "SaveHandle": "handle", "attach": "attaching"}
+_HOMES = {
+    "Checkpointer": "checkpointer",
+    "Restored": "restore",
+    "SaveHandle": "handle",
+    "attach": "attaching",
+    "latest": "core.manifest",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,70 @@
+"""`run`: the saver itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .. import exit_codes
+from ..settings import BIND, KEEP_IMAGE, LOG_LEVEL, ROOT, Setting, require
+from .options import add_file, add_settings, effective
+
+HELP = "serve the ranks of this host until SIGTERM"
+EXAMPLE = """\
+async-ckpt-saver run --bind ipc:///run/async-ckpt/saver.sock --root /data/runs
+  then, in training: async_ckpt.attach(model, directory="/data/runs/llama3", saver="ipc:///run/async-ckpt/saver.sock")"""
+
+GROUPS: dict[str, tuple[Setting, ...]] = {
+    "where": (BIND, ROOT),
+    "memory": (KEEP_IMAGE,),
+    "log": (LOG_LEVEL,),
+}
+SETTINGS = tuple(setting for group in GROUPS.values() for setting in group)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_file(parser)
+    add_settings(parser, GROUPS)
+    process = parser.add_argument_group("process, as attach starts it")
+    process.add_argument("--embedded", action="store_true", help="exit when no run needs this saver any more")
+    process.add_argument("--detach", action="store_true", help="go on in the background, in a session of its own")
+
+
+def run(options: argparse.Namespace) -> int:
+    values = effective(options, SETTINGS)
+    require(values, BIND, ROOT)
+
+    import asyncio
+    import logging
+    from pathlib import Path
+
+    import uvloop
+
+    from ..server import Config, EndpointInUse, Server
+
+    logging.basicConfig(
+        level=values["log_level"].value.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    keep_image_s = values["keep_image_s"].value
+    config = Config(
+        bind=values["bind"].value,
+        root=Path(values["root"].value),
+        embedded=options.embedded,
+        keep_image_s=keep_image_s,
+        orphan_image_s=min(20.0, keep_image_s) if options.embedded else keep_image_s,
+    )
+
+    async def serve() -> None:
+        await Server(config).serve()
+
+    try:
+        if sys.version_info >= (3, 11):
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve())
+        else:
+            uvloop.install()
+            asyncio.run(serve())
+    except EndpointInUse as error:
+        logging.error("%s", error)
+        return exit_codes.IN_USE
+    return exit_codes.OK

@@ -1,0 +1,172 @@
+"""What the saver can be told, by whom, and who wins: flag > `ASYNC_CKPT_*` variable > TOML file > default.
+
+`resolve` is pure; reading the file and the environment is left to the caller, and nothing else reads either.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+PREFIX = "ASYNC_CKPT_"
+FILE_VARIABLE = "ASYNC_CKPT_CONFIG"
+
+Source = Literal["flag", "environment", "file", "default"]
+
+
+class SettingsError(ValueError):
+    """A setting is wrong: says where it was given, its value, and what is accepted."""
+
+
+class Setting(NamedTuple):
+    """One thing that can be set. `name` is the TOML key; the flag and the variable are made from it.
+
+    `convert` takes the text of a flag or variable, or the TOML value, and raises ValueError for what is not
+    `accepted`. A setting whose `default` is None has to be given where it is needed.
+    """
+
+    name: str
+    convert: Callable[[object], Any]
+    accepted: str
+    default: Any
+    metavar: str
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+
+class Value(NamedTuple):
+    """The effective value of a setting, and where it was given: "--bind", "ASYNC_CKPT_BIND", a path, or ""."""
+
+    value: Any
+    source: Source
+    where: str = ""
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError
+    seconds = float(value)
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError
+    return seconds
+
+
+def _one_of(*words: str) -> Callable[[object], str]:
+    def convert(value: object) -> str:
+        if value not in words:
+            raise ValueError
+        return str(value)
+
+    return convert
+
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+BIND = Setting(
+    "bind",
+    _text,
+    "an endpoint, as in ipc:///run/async-ckpt/saver.sock",
+    None,
+    "ENDPOINT",
+    "ipc:// and an absolute path",
+)
+ROOT = Setting("root", _text, "a directory, as in /data/runs", None, "DIR", "nothing is ever written outside DIR")
+KEEP_IMAGE = Setting(
+    "keep_image_s",
+    _seconds,
+    "a number of seconds, at least 0",
+    900.0,
+    "SECONDS",
+    "keep the newest checkpoint of a dead job in RAM for its restart",
+)
+LOG_LEVEL = Setting(
+    "log_level", _one_of(*_LEVELS), f"one of {', '.join(_LEVELS)}", "info", "LEVEL", "say no less than this"
+)
+
+SETTINGS = (BIND, ROOT, KEEP_IMAGE, LOG_LEVEL)
+
+
+def resolve(
+    settings: Iterable[Setting],
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    document: Mapping[str, object],
+    file: str = "",
+) -> dict[str, Value]:
+    """The effective value of each of `settings`, by name.
+
+    `flags` by name, None where it was not given; `document` is the parsed content of the TOML file at path `file`.
+    Every key and value of `document` is checked, also of settings that are not asked for. An empty variable counts as
+    not set. Raises SettingsError.
+    """
+    from_file = _check_document(document, file)
+    found = {}
+    for setting in settings:
+        if (given := flags.get(setting.name)) is not None:
+            found[setting.name] = Value(_convert(setting, given, setting.flag), "flag", setting.flag)
+        elif given := environ.get(setting.variable):
+            found[setting.name] = Value(_convert(setting, given, setting.variable), "environment", setting.variable)
+        elif setting.name in from_file:
+            found[setting.name] = Value(from_file[setting.name], "file", file)
+        else:
+            found[setting.name] = Value(setting.default, "default")
+    return found
+
+
+def require(values: Mapping[str, Value], *needed: Setting) -> None:
+    """Raises SettingsError naming each of `needed` that has no value, and the ways to give it."""
+    missing = [setting for setting in needed if values[setting.name].value is None]
+    if missing:
+        ways = "; ".join(f"give {each.flag}, {each.variable} or {each.name} in a file" for each in missing)
+        raise SettingsError(f"{' and '.join(each.name for each in missing)} missing: {ways}")
+
+
+def read_file(path: str) -> dict[str, object]:
+    """The content of a TOML file. Raises SettingsError naming the file and, where it is no TOML, the line."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        with open(path, encoding="utf-8") as file:
+            return tomllib.loads(file.read())
+    except OSError as error:
+        raise SettingsError(f"the configuration file {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # of TOML, and of UTF-8
+        raise SettingsError(f"the configuration file {path} is not TOML: {error}") from error
+
+
+def _check_document(document: Mapping[str, object], file: str) -> dict[str, Any]:
+    known = {setting.name: setting for setting in SETTINGS}
+    found = {}
+    for key, value in document.items():
+        if key not in known:
+            import difflib
+
+            close = difflib.get_close_matches(key, known, 1)
+            advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise SettingsError(f"{file}: there is no setting {key!r}: {advice}")
+        found[key] = _convert(known[key], value, f"{file}: {key}")
+    return found
+
+
+def _convert(setting: Setting, value: object, where: str) -> Any:
+    try:
+        return setting.convert(value)
+    except ValueError:
+        raise SettingsError(f"{where}: {value!r} is not accepted: give {setting.accepted}") from None
