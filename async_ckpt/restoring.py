@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.holding import reading
 from async_ckpt.core.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -55,8 +56,14 @@ def image_of(step: int, slots: Sequence[Slot]) -> Path | None:
 def read(plan: Plan, found: Found, slots: Sequence[Slot]) -> tuple[Manifest, Literal["ram", "disk"]]:
     """Read into everything that `plan` describes, from RAM where that is possible.
 
-    Raises CheckpointError listing what does not fit; then nothing was changed.
+    The saver's retention leaves a checkpoint alone while it is read. Raises CheckpointError listing what does not fit;
+    then nothing was changed.
     """
+    with reading(found.path):
+        return _read(plan, found, slots)
+
+
+def _read(plan: Plan, found: Found, slots: Sequence[Slot]) -> tuple[Manifest, Literal["ram", "disk"]]:
     description = describe(found.path)
     image = found.image
     if image is not None and image.exists():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
+import xxhash
 
 from .errors import CheckpointError
 from .limits import MAX_FILES, MAX_MANIFEST_BYTES, MAX_PATH_BYTES, MAX_STEP
@@ -26,6 +27,10 @@ FORMAT = 1
 Metric: TypeAlias = bool | int | float | str | None
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Step = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+# The last key, so that it can cover every byte before its own value; an editor that changes one breaks it.
+_SEAL = b',\n  "self_xxh3_128": "'
+_SEAL_END = b'"\n}\n'
+_DIGEST_BYTES = 32
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
 
@@ -34,6 +39,14 @@ class FileEntry(msgspec.Struct, frozen=True):
 
     bytes: _Count
     xxh3_128: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
+class Chunks(msgspec.Struct, frozen=True):
+    """Hashes of every `bytes` of the files that are longer than that, so that damage can be placed. By path, in the
+    file's order; the last chunk of a file may be shorter."""
+
+    bytes: Annotated[int, msgspec.Meta(ge=1)]
+    xxh3_64: dict[str, list[Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]]]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,20 +65,32 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     run: str = ""
     created_unix_s: float = 0.0
+    chunks: Chunks | None = None
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of ``async_ckpt.json``: what this returns, `decode_manifest` reads.
+    """The bytes of ``async_ckpt.json``: what this returns, `decode_manifest` reads and `is_sealed` accepts.
+
+    The last key, "self_xxh3_128", is the xxh3-128 of all bytes before its value's opening quote.
 
     Raises CheckpointError if `manifest` holds a value that could not be read back (a type JSON lacks, a negative step,
     a path that leads out, more than 16 MiB in all).
     """
     try:
-        data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+        body = msgspec.json.format(msgspec.json.encode(manifest), indent=2).removesuffix(b"\n}") + _SEAL[:-1]
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the manifest of step {manifest.step} cannot be written as JSON: {error}") from error
+    data = body + b'"' + xxhash.xxh3_128_hexdigest(body).encode() + _SEAL_END
     decode_manifest(data)
     return data
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether these are, to the bit, the bytes that `encode_manifest` made."""
+    start = len(data) - len(_SEAL_END) - _DIGEST_BYTES
+    if start < len(_SEAL) or not data.endswith(_SEAL_END) or data[start - len(_SEAL) : start] != _SEAL:
+        return False
+    return data[start : start + _DIGEST_BYTES] == xxhash.xxh3_128_hexdigest(data[: start - 1]).encode()
 
 
 def decode_manifest(data: bytes) -> Manifest:

@@ -32,10 +32,35 @@ StepHook = Callable[[str], None]
 
 
 class Written(msgspec.Struct, frozen=True):
-    """`direct` is None for a file too small for O_DIRECT, False if the filesystem refused it."""
+    """`direct` is None for a file too small for O_DIRECT, False if the filesystem refused it. `chunks` are the xxh3-64
+    of every CHUNK_BYTES of a file that is longer than that, else empty."""
 
     entry: FileEntry
     direct: bool | None
+    chunks: tuple[str, ...] = ()
+
+
+class Digests:
+    """The hash of a whole file and those of its chunks; given the bytes once, in order, no piece across two chunks."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._whole = xxhash.xxh3_128()
+        self._chunks: list[xxhash.xxh3_64] = []
+
+    def update(self, data: memoryview, start: int) -> None:
+        self._whole.update(data)
+        if start % self._chunk_bytes == 0:
+            self._chunks.append(xxhash.xxh3_64())
+        self._chunks[-1].update(data)
+
+    @property
+    def whole(self) -> str:
+        return self._whole.hexdigest()
+
+    @property
+    def chunks(self) -> tuple[str, ...]:
+        return tuple(chunk.hexdigest() for chunk in self._chunks) if len(self._chunks) > 1 else ()
 
 
 def write_image_file(image: str, path: str, destination: str, hashing: Executor, step_hook: StepHook) -> Written:
@@ -74,14 +99,14 @@ def write_bytes(data: bytes, path: str, destination: str, step_hook: StepHook) -
 
 def _stream(view: memoryview, path: str, output: _Output, hashing: Executor, step_hook: StepHook) -> Written:
     length = len(view)
-    digest = xxhash.xxh3_128()
+    digests = Digests(CHUNK_BYTES)
     # The last partial block cannot go out by O_DIRECT.
     aligned = length - length % ALIGN_BYTES
     edges = sorted({*range(0, aligned, CHUNK_BYTES), aligned, length})
     for start, stop in itertools.pairwise(edges):
         step_hook(f"chunk:{path}")
         with view[start:stop] as chunk:
-            hashed = hashing.submit(digest.update, chunk)
+            hashed = hashing.submit(digests.update, chunk, start)
             try:
                 if start == aligned:
                     output.buffered()
@@ -91,7 +116,8 @@ def _stream(view: memoryview, path: str, output: _Output, hashing: Executor, ste
                 hashed.result()
     step_hook(f"fsync:{path}")
     output.sync()
-    return Written(FileEntry(length, digest.hexdigest()), None if length < DIRECT_MIN_BYTES else output.direct)
+    direct = None if length < DIRECT_MIN_BYTES else output.direct
+    return Written(FileEntry(length, digests.whole), direct, digests.chunks)
 
 
 class _Output:

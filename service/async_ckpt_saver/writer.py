@@ -22,7 +22,7 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import (
     FORMAT,
     MANIFEST_NAME,
-    FileEntry,
+    Chunks,
     Manifest,
     Metric,
     check_path,
@@ -30,7 +30,7 @@ from async_ckpt.core.manifest import (
     encode_manifest,
 )
 
-from .datafile import StepHook, Written, write_bytes, write_image_file
+from .datafile import CHUNK_BYTES, StepHook, Written, write_bytes, write_image_file
 from .filesystem import fsync_directory, make_directories, remove_again, remove_tree, rename_new
 from .latest_link import point_latest
 from .temporaries import check_nonce, claim, held, leftovers, new_nonce
@@ -178,7 +178,7 @@ def _fill_and_publish(job: CommitJob, temporary: str, step_hook: StepHook) -> Co
     started_s = time.perf_counter()
     written = _write_files(job, temporary, step_hook)
     written_s = time.perf_counter()
-    _write_manifest(job, temporary, {path: file.entry for path, file in written.items()}, step_hook)
+    _write_manifest(job, temporary, written, step_hook)
     for directory in _directories(temporary, written):
         step_hook(f"fsync-directory:{os.path.relpath(directory, temporary)}")
         fsync_directory(directory)
@@ -215,17 +215,19 @@ def _write_files(job: CommitJob, temporary: str, step_hook: StepHook) -> dict[st
     return written
 
 
-def _write_manifest(job: CommitJob, temporary: str, entries: dict[str, FileEntry], step_hook: StepHook) -> None:
+def _write_manifest(job: CommitJob, temporary: str, written: dict[str, Written], step_hook: StepHook) -> None:
+    chunks = {path: list(file.chunks) for path, file in written.items() if file.chunks}
     manifest = Manifest(
         format=FORMAT,
         step=job.step,
         metrics=job.metrics,
         extra=job.extra,
-        files=entries,
+        files={path: file.entry for path, file in written.items()},
         world=job.world,
         versions=job.versions,
         run=job.run,
         created_unix_s=time.time(),
+        chunks=Chunks(CHUNK_BYTES, chunks) if chunks else None,
     )
     data = encode_manifest(manifest)
     step_hook("manifest")

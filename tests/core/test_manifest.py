@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import (
+    Chunks,
     FileEntry,
     Manifest,
     check_path,
@@ -18,6 +20,7 @@ from async_ckpt.core.manifest import (
     committed,
     decode_manifest,
     encode_manifest,
+    is_sealed,
     latest,
     parse_step,
     read_manifest,
@@ -41,6 +44,8 @@ def make(root: Path, step: int, **changes: object) -> Path:
 def test_the_file_is_what_the_design_promises(tmp_path: Path) -> None:
     path = make(tmp_path, 7, metrics={"loss": 1.5, "epoch": 2}, extra={"note": ["a", {"b": None}]}, world=4)
     raw = json.loads((path / "async_ckpt.json").read_text())
+    data = (path / "async_ckpt.json").read_bytes()
+    before = data[: data.rindex(b'"', 0, data.rindex(b'"'))]
     assert raw == {
         "format": 1,
         "step": 7,
@@ -51,7 +56,24 @@ def test_the_file_is_what_the_design_promises(tmp_path: Path) -> None:
         "versions": {},
         "run": "",
         "created_unix_s": 0.0,
+        "chunks": None,
+        "self_xxh3_128": xxhash.xxh3_128_hexdigest(before),
     }
+    assert list(raw)[-1] == "self_xxh3_128"
+
+
+def test_a_flipped_bit_anywhere_breaks_the_seal() -> None:
+    data = encode_manifest(manifest_of(metrics={"loss": 0.1}, chunks=Chunks(4, {"a": ["0" * 16, "f" * 16]})))
+    assert is_sealed(data)
+    flipped = bytearray(data)
+    for bit in range(len(data) * 8):
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert not is_sealed(bytes(flipped)), bit
+        flipped[bit // 8] ^= 1 << bit % 8
+    assert len(data) > 300
+    for length in range(len(data)):
+        assert not is_sealed(data[:length])
+    assert not is_sealed(data + b"\n")
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=5)

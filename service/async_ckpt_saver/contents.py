@@ -1,0 +1,98 @@
+"""Does what a checkpoint says of itself make sense? For files whose bytes are what was committed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from async_ckpt.core.errors import CheckpointError
+
+from .tensorfile import read_layout
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+STATE_FOLDER = "training_state"
+STATE_TENSORS = f"{STATE_FOLDER}/training_state.safetensors"
+STATE_DOCUMENT = f"{STATE_FOLDER}/training_state.json"
+
+
+def unreasonable(checkpoint: Path, whole: set[str], world: int) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong) for what an intact checkpoint would not say. `whole` are the files that may be read."""
+    for name in sorted(whole):
+        folder, base = os.path.split(name)
+        if base == ADAPTER_CONFIG:
+            yield from ((name, what) for what in _adapter(checkpoint, folder, name, whole))
+        elif name.startswith(f"{STATE_FOLDER}/") and name.endswith(".json"):
+            yield from ((name, what) for what in _document(checkpoint, name))
+    if STATE_DOCUMENT in whole and STATE_TENSORS in whole:
+        yield from ((STATE_TENSORS, what) for what in _state_tensors(checkpoint, world))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError for anything else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"holds a JSON {type(found).__name__}, not an object")
+    return found
+
+
+def _adapter(checkpoint: Path, folder: str, name: str, whole: set[str]) -> Iterator[str]:
+    try:
+        config = read_object(checkpoint / name)
+    except CheckpointError as error:
+        yield str(error)
+        return
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or not kind:
+        yield f"names no peft_type (it is {kind!r}): PEFT cannot load this adapter"
+        return
+    weights = os.path.join(folder, ADAPTER_FILE)
+    if weights not in whole:
+        return  # damaged, and told as such; or another layout that somebody copied here
+    names = [extent.spec.name for extent in read_layout(checkpoint / weights).extents]
+    if not names:
+        yield f"describes an adapter, but {weights} holds no tensor"
+    elif kind == "LORA" and not any("lora_" in each for each in names):
+        yield f"describes a LoRA adapter, but no tensor of {weights} has lora_ in its name"
+
+
+def _document(checkpoint: Path, name: str) -> Iterator[str]:
+    try:
+        document = read_object(checkpoint / name)
+    except CheckpointError as error:
+        yield str(error)
+        return
+    if name == STATE_DOCUMENT and not isinstance(document.get("optimizers", []), list):
+        yield "has optimizers that are no list"
+
+
+def _state_tensors(checkpoint: Path, world: int) -> Iterator[str]:
+    """Every tensor belongs to a parameter that the document lists, or to a rank that took part."""
+    try:
+        listed = parameters(read_object(checkpoint / STATE_DOCUMENT))
+    except CheckpointError:
+        return  # told already
+    for extent in read_layout(checkpoint / STATE_TENSORS).extents:
+        name = extent.spec.name
+        if name.startswith("state.") and name.removeprefix("state.").rpartition(".")[0] not in listed:
+            yield f"tensor {name!r} belongs to no parameter that {STATE_DOCUMENT} lists"
+        if name.startswith("rng.rank"):
+            rank = name.removeprefix("rng.rank").partition(".")[0]
+            if not rank.isdigit() or int(rank) >= world:
+                yield f"tensor {name!r} is of a rank that {world} ranks do not have"
+
+
+def parameters(document: dict[str, Any]) -> set[str]:
+    """The parameters that the optimizers of a training state's document list."""
+    return {
+        name
+        for optimizer in document.get("optimizers", [])
+        for group in optimizer.get("param_groups", [])
+        for name in group.get("params", [])
+    }

@@ -1,0 +1,178 @@
+"""Is a checkpoint, to the bit, what was committed, and does what it says make sense? Needs neither torch nor numpy."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.layout import FileLayout
+from async_ckpt.core.manifest import MANIFEST_NAME, Manifest, decode_manifest, is_sealed, parse_step
+
+from .contents import unreasonable
+from .datafile import CHUNK_BYTES, Digests
+from .tensorfile import SUFFIX, read_layout, tensors_within
+
+_SHOWN = 3  # names of damaged tensors in a line before "and N more"
+Progress = Callable[[int], None]
+
+
+class Damage(msgspec.Struct, frozen=True):
+    """What is wrong in `file`, a path within the checkpoint: bytes [start, stop) of it, if they can be told. `tensors`
+    are the names of those that lie in these bytes."""
+
+    file: str
+    what: str
+    start: int | None = None
+    stop: int | None = None
+    tensors: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = self.file if self.start is None else f"{self.file}: bytes {self.start}-{self.stop}"
+        more = f" and {len(self.tensors) - _SHOWN} more" if len(self.tensors) > _SHOWN else ""
+        within = f" (in {', '.join(self.tensors[:_SHOWN])}{more})" if self.tensors else ""
+        return f"{where}: {self.what}{within}"
+
+
+class Report(msgspec.Struct, frozen=True):
+    """`bytes` and `files` count what was read. `unlisted` are files that the manifest does not know: no damage, but
+    nobody vouches for them."""
+
+    checkpoint: str
+    step: int | None
+    files: int
+    bytes: int
+    damage: list[Damage]
+    unlisted: list[str]
+
+
+def verify(checkpoint: Path, progress: Progress = lambda done_bytes: None) -> Report:
+    """Compare every file of `checkpoint` with its manifest, and the manifest with its own hash.
+
+    The bytes come from storage, not from a page cache that may be better than the disk. `progress` is told how many
+    bytes were read since the last time. Raises CheckpointError if there is no directory; anything wrong in it is
+    damage, never an error.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} is not a directory: give a checkpoint, or a directory of checkpoints")
+    present = set(_files(checkpoint))
+    manifest, damage = _manifest(checkpoint)
+    if manifest is None:
+        return Report(str(checkpoint), None, 1, 0, damage, sorted(present - {MANIFEST_NAME}))
+    total_bytes = 0
+    whole = set()
+    for name in sorted(manifest.files):
+        found = list(_damage_of(checkpoint, name, manifest, progress))
+        total_bytes += manifest.files[name].bytes
+        damage += found
+        if not found:
+            whole.add(name)
+    damage += [Damage(name, what) for name, what in unreasonable(checkpoint, whole, manifest.world)]
+    unlisted = sorted(present - {MANIFEST_NAME} - set(manifest.files))
+    return Report(str(checkpoint), manifest.step, len(manifest.files) + 1, total_bytes, damage, unlisted)
+
+
+def planned_bytes(checkpoint: Path) -> int:
+    """How many bytes `verify` will read, as far as the manifest can be believed."""
+    manifest, _ = _manifest(checkpoint)
+    return 0 if manifest is None else sum(entry.bytes for entry in manifest.files.values())
+
+
+def _files(checkpoint: Path) -> Iterator[str]:
+    for folder, _, names in os.walk(checkpoint):
+        for name in names:
+            yield os.path.relpath(os.path.join(folder, name), checkpoint)
+
+
+def _manifest(checkpoint: Path) -> tuple[Manifest | None, list[Damage]]:
+    try:
+        data = (checkpoint / MANIFEST_NAME).read_bytes()
+    except OSError as error:
+        return None, [Damage(MANIFEST_NAME, f"cannot be read: {error.strerror or error}")]
+    broken = Damage(MANIFEST_NAME, "is not what was committed: its own hash does not fit", 0, len(data))
+    try:
+        manifest = decode_manifest(data)
+    except CheckpointError as error:
+        return None, [Damage(MANIFEST_NAME, str(error), 0, len(data))]
+    damage = [] if is_sealed(data) else [broken]
+    named = parse_step(checkpoint.resolve().name)
+    if named is not None and named != manifest.step:
+        damage.append(Damage(MANIFEST_NAME, f"is of step {manifest.step}, in a directory of step {named}"))
+    return manifest, damage
+
+
+def _damage_of(checkpoint: Path, name: str, manifest: Manifest, progress: Progress) -> Iterator[Damage]:
+    path, entry = checkpoint / name, manifest.files[name]
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        yield Damage(name, f"cannot be opened: {error.strerror or error}")
+        return
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            yield Damage(name, "is not a regular file")
+            return
+        if info.st_size != entry.bytes:
+            start, stop = sorted((info.st_size, entry.bytes))
+            what = "cut off" if info.st_size < entry.bytes else "added"
+            yield Damage(name, f"has {info.st_size} bytes, {entry.bytes} were committed: {what}", start, stop)
+            return
+        chunks = manifest.chunks.xxh3_64.get(name, []) if manifest.chunks is not None else []
+        chunk_bytes = manifest.chunks.bytes if manifest.chunks is not None else CHUNK_BYTES
+        digests = _read(fd, entry.bytes, chunk_bytes, progress)
+    except OSError as error:
+        yield Damage(name, f"cannot be read: {error.strerror or error}")
+        return
+    finally:
+        os.close(fd)
+    layout: FileLayout | None = None
+    if name.endswith(SUFFIX):
+        try:
+            layout = read_layout(path)
+        except CheckpointError as error:
+            yield Damage(name, str(error))
+    if digests.whole != entry.xxh3_128:
+        found = list(_differing(digests.chunks, chunks, chunk_bytes, entry.bytes)) or [(0, entry.bytes)]
+        for start, stop in found:
+            tensors = tensors_within(layout, start, stop) if layout is not None else []
+            names = tuple(extent.spec.name for extent in tensors)
+            yield Damage(name, "not the bytes that were committed", start, stop, names)
+
+
+def _read(fd: int, length: int, chunk_bytes: int, progress: Progress) -> Digests:
+    digests = Digests(chunk_bytes)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    buffer = bytearray(min(chunk_bytes, CHUNK_BYTES, max(length, 1)))
+    position = 0
+    with memoryview(buffer) as view:
+        while position < length:
+            wanted = min(len(view), chunk_bytes - position % chunk_bytes)
+            count = os.preadv(fd, [view[:wanted]], position)
+            if count == 0:
+                break  # it has become shorter since its size was looked at: the hash will not fit
+            digests.update(view[:count], position)
+            position += count
+            progress(count)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return digests
+
+
+def _differing(found: Any, expected: list[str], chunk_bytes: int, length: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring damaged chunks as one range; nothing if the file has no hashes of chunks to compare with."""
+    if len(found) != len(expected):
+        return
+    start: int | None = None
+    for index in range(len(expected) + 1):
+        differs = index < len(expected) and found[index] != expected[index]
+        if differs and start is None:
+            start = index * chunk_bytes
+        elif not differs and start is not None:
+            yield start, min(index * chunk_bytes, length)
+            start = None
