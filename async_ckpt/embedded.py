@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+from async_ckpt.core.endpoints import embedded_endpoint, embedded_home
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.private import private_directory
 
@@ -27,11 +26,11 @@ class EmbeddedSaver:
 
     def __init__(self, directory: Path) -> None:
         """`directory` is absolute. Raises CheckpointError if the socket's directory belongs to someone else."""
-        key = hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]
-        base = private_directory(Path(tempfile.gettempdir()) / f"async-ckpt-{os.getuid()}")
-        self._home = private_directory(base / key)
+        self._home = embedded_home(directory)
+        private_directory(self._home.parent)
+        private_directory(self._home)
         self._directory = directory
-        self.endpoint = f"ipc://{self._home}/saver.sock"
+        self.endpoint = embedded_endpoint(directory)
         self.log_path = self._home / "saver.log"
 
     def alive(self) -> bool:

@@ -152,7 +152,11 @@ class Ping(_Message, frozen=True):
     unsettled: Annotated[list[_Step], msgspec.Meta(max_length=MAX_UNSETTLED)]
 
 
-FromRank = Register | LayoutSent | Refuse | Ready | Staged | Skipped | Failed | Bye | Ping
+class StatusWanted(_Message, frozen=True):
+    """Anybody on the socket asks how the saver is; it takes no part in a run."""
+
+
+FromRank = Register | LayoutSent | Refuse | Ready | Staged | Skipped | Failed | Bye | Ping | StatusWanted
 
 
 class LayoutWanted(_Message, frozen=True):
@@ -219,7 +223,13 @@ class Pong(_Message, frozen=True):
     known: bool
 
 
-FromSaver = LayoutWanted | Granted | Started | Refused | Rejected | Ack | Settled | Pong
+class Status(_Message, frozen=True):
+    """`report` is the JSON of the saver's `status.SaverStatus`."""
+
+    report: bytes
+
+
+FromSaver = LayoutWanted | Granted | Started | Refused | Rejected | Ack | Settled | Pong | Status
 
 _encoder = msgspec.msgpack.Encoder()
 _from_rank = msgspec.msgpack.Decoder(FromRank)

@@ -27,6 +27,7 @@ from .live import LiveRun
 from .refusals import Refusals
 from .registration import Complete, Grant, Refusal, Registration, Verdict, Want
 from .services import Services
+from .status import RunStatus
 from .storage import below_root, prepare_directory
 from .watch import ProcessWatch
 from .writer import sweep
@@ -135,6 +136,10 @@ class Desk:
     def adopt(self, image: RunImage) -> None:
         """Go on with a run that an earlier saver left in shared memory: its dead ranks are noticed like any other's."""
         self._install(image, None).recover()
+
+    def status(self) -> list[RunStatus]:
+        kept = [self._kept.status("kept")] if self._kept is not None else []
+        return [*(run.status("live" if run.started else "starting") for run in self._runs), *kept]
 
     def tick(self) -> None:
         """Once a second: whatever depends on time passing."""
@@ -295,6 +300,7 @@ class Desk:
         self._runs.remove(run)
         newest = None if run.clean else run.image.newest_image()
         self._unwatch(run)
+        self._services.ended.append(run.status("ended"))
         log.info("run %s of %s ended%s", run.image.path, self.directory, ", newest image kept" if newest else "")
         if run.clean:
             self._drop_kept()  # the job ended as it should: nobody comes back for an earlier image either

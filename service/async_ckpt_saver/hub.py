@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Hashable
 from pathlib import Path
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_IDENTITIES, MAX_REASON_CHARS, MAX_REGISTRATIONS, MAX_RUNS
-from async_ckpt.core.protocol import Ack, Bye, FromRank, Ping, Pong, Refuse, Refused, Register
+from async_ckpt.core.protocol import Ack, Bye, FromRank, Ping, Pong, Refuse, Refused, Register, Status, StatusWanted
 from async_ckpt.core.slots import shm_identity
 
+from . import __version__
 from .desk import Desk
 from .image import RunImage
 from .rejections import Cause
 from .services import Services
+from .status import SaverStatus, encode_status, process_memory_bytes
 from .watch import ProcessWatch
 
 log = logging.getLogger(__name__)
@@ -58,6 +61,9 @@ class Hub:
         self._places = {identity: desk for identity, desk in self._places.items() if desk.knows(identity)}
 
     def receive(self, identity: bytes, message: FromRank) -> None:
+        if isinstance(message, StatusWanted):
+            self._services.send(identity, Status(report=encode_status(self.status())))
+            return
         if isinstance(message, Register | Refuse):
             self._admit(identity, message)
             return
@@ -71,6 +77,23 @@ class Hub:
         elif not isinstance(message, Ping):  # as after a restart of the saver, when a run had not started
             self._services.rejections.count("unexpected", f"a {type(message).__name__} of nobody who is registered")
         self._services.send(identity, Pong(incarnation=self._services.incarnation, known=False))
+
+    def status(self) -> SaverStatus:
+        services = self._services
+        now_unix_s = time.time()
+        return SaverStatus(
+            pid=os.getpid(),
+            version=__version__,
+            endpoint=services.endpoint,
+            root=str(services.root),
+            incarnation=services.incarnation,
+            uptime_s=now_unix_s - services.started_unix_s,
+            rss_bytes=process_memory_bytes(),
+            rejected_messages=dict(services.rejections.counts),
+            now_unix_s=now_unix_s,
+            runs=[run for desk in self._desks.values() for run in desk.status()],
+            ended=[*self._services.ended],
+        )
 
     def _admit(self, identity: bytes, message: Register | Refuse) -> None:
         objection = self._outside(message) or self._stranger(message) or self._too_many(identity, message)

@@ -36,6 +36,7 @@ from .recovery import commit_once
 from .retention import apply_policy
 from .run import Action, Commit, Report, Run
 from .services import Services
+from .status import Chronicle, RunState, RunStatus, run_status
 from .storage import below_root
 from .writer import CommitError, CommitJob, CommitResult, sweep
 
@@ -68,6 +69,7 @@ class LiveRun:
         self._on_end = on_end
         self._on_fail = on_fail
         self._machine = Run(image.record.options.world)
+        self._chronicle = Chronicle(services.now_s)
         self._ready: set[int] = set()
         self._closed: set[int] = set()
         self._ended = False
@@ -85,6 +87,9 @@ class LiveRun:
     @property
     def living(self) -> list[Peer]:
         return [peer for peer in self.image.record.peers if not self._machine.gone(peer.rank)]
+
+    def status(self, state: RunState) -> RunStatus:
+        return run_status(self.image, self._chronicle, state, self._machine.open_steps, self._machine.gone)
 
     def grant(self, rank: int) -> None:
         """Answer a registration; one that is repeated after the run has started comes from a confused rank."""
@@ -124,6 +129,8 @@ class LiveRun:
 
     def receive(self, rank: int, message: FromRank) -> None:
         senseless = self._senseless(message)
+        if senseless is None:
+            self._chronicle.heard(rank, message)
         if senseless is not None:
             self._services.reject(self.image.record.peers[rank].identity, "unexpected", f"rank {rank}: {senseless}")
         elif isinstance(message, Ping):
@@ -215,6 +222,7 @@ class LiveRun:
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
+            self._chronicle.note(action)
             if isinstance(action, Commit):
                 self._services.spawn(self._commit(action))
             elif action.rank is not None:
@@ -230,6 +238,7 @@ class LiveRun:
             job = self.image.commit_job(order)
             result = await self._services.in_thread(lambda: self._write(job, order))
         except Exception as error:  # whatever it is, training and the next save go on
+            self._chronicle.commit_failed(order.step, error)
             if not isinstance(error, CheckpointError):
                 log.exception("commit of step %d failed", order.step)
             self._perform(self._machine.commit_failed(order.step, str(error) or repr(error)))

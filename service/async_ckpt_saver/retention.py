@@ -47,8 +47,8 @@ def kept_by(checkpoints: Sequence[tuple[int, Mapping[str, Metric]]], policy: Pol
         return {step: [*rules, f"keep_best knows no {policy.keep_best[0]}"] for step, rules in kept.items()}
     for step in steps[-policy.keep_last :] if policy.keep_last is not None else []:
         kept[step].append("keep_last")
-    for step in steps if policy.keep_every is not None else []:
-        if step % policy.keep_every == 0:
+    for step in steps:
+        if policy.keep_every is not None and step % policy.keep_every == 0:
             kept[step].append("keep_every")
     for step in _best(checkpoints, *policy.keep_best) if policy.keep_best is not None else []:
         kept[step].append("keep_best")
@@ -104,7 +104,7 @@ def apply_policy(directory: str | os.PathLike[str], policy: Policy) -> list[int]
 
 def metrics_of(directory: str | os.PathLike[str]) -> list[tuple[int, Mapping[str, Metric]]]:
     """The committed steps and their metrics. Raises CheckpointError if `directory` cannot be listed."""
-    found = []
+    found: list[tuple[int, Mapping[str, Metric]]] = []
     for step, path in committed(directory):
         try:
             found.append((step, read_manifest(path).metrics))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from async_ckpt.core.protocol import FromSaver, Rejected
 
 from .clock import RunningClock
 from .rejections import Cause, Rejections
+from .status import ENDED_RUNS, RunStatus
 
 T = TypeVar("T")
 
@@ -21,6 +24,8 @@ T = TypeVar("T")
 class Services:
     """`send(identity, message)` never blocks. `root` bounds every write to storage. `incarnation` is new with every
     start of the saver on `endpoint`. Storage is touched in the pool's threads only, so a stuck disk stops no message.
+
+    `ended` are the last runs that are over.
 
     `lease_s`: after how long a silent rank that cannot be watched counts as dead. `keep_image_s`: how long the newest
     image of a dead run stays in RAM for its successor; `orphan_image_s` where nobody is left to start one.
@@ -35,6 +40,8 @@ class Services:
     keep_image_s: float = 900.0
     orphan_image_s: float = 20.0
     rejections: Rejections = field(default_factory=Rejections)
+    started_unix_s: float = field(default_factory=time.time)
+    ended: deque[RunStatus] = field(default_factory=lambda: deque(maxlen=ENDED_RUNS))
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="storage")

@@ -27,7 +27,9 @@ class Command(Protocol):
 
 # In the order of the help.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "the saver": ("run", "config"),
+    "the saver": ("run", "status", "config", "doctor"),
+    "checkpoints": ("ls", "show", "diff", "verify", "gc"),
+    "this program": ("completion",),
 }
 VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 

@@ -1,0 +1,266 @@
+"""What a saver can tell of itself: its runs, and the last saves of each on a time line.
+
+`Chronicle` is the memory: pure, told of what happened by `LiveRun`, bounded. The structs are the report: what
+`async-ckpt-saver status --json` prints.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from async_ckpt.core.protocol import Failed, FromRank, Settled, Skipped, Staged
+
+from .run import Action, Commit
+
+if TYPE_CHECKING:
+    from .image import RunImage
+
+REMEMBERED_SAVES = 32
+ENDED_RUNS = 16
+
+RunState = Literal["starting", "live", "kept", "ended"]
+
+
+class StagedBy(msgspec.Struct, frozen=True):
+    """`copy_s` is the time of the rank's copy into the image, `at_unix_s` when the saver heard of it."""
+
+    rank: int
+    at_unix_s: float
+    copy_s: float
+
+
+class SaveStatus(msgspec.Struct, frozen=True):
+    """One save. It starts with the first rank's report, its write when all ranks have staged it; `settled_unix_s` is
+    when it was committed, failed or was skipped. What has not happened is None. `cause` is one of a small set, for
+    counting: "" if committed, see `Chronicle`."""
+
+    step: int
+    slot: int
+    started_unix_s: float
+    staged: list[StagedBy]
+    write_started_unix_s: float | None
+    settled_unix_s: float | None
+    outcome: Literal["open", "committed", "skipped", "failed"]
+    cause: str
+    reason: str
+    bytes: int
+    write_s: float
+    commit_s: float
+
+
+class RankStatus(msgspec.Struct, frozen=True):
+    """`silent_s`: since its last message; None if this saver has never heard it."""
+
+    rank: int
+    pid: int
+    alive: bool
+    silent_s: float | None
+
+
+class SlotStatus(msgspec.Struct, frozen=True):
+    """`phases` of the ranks' cells, in the order of ranks: "EMPTY", "WRITING" or "STAGED"; `step` if all staged it."""
+
+    slot: int
+    phases: list[str]
+    step: int | None
+
+
+class RunStatus(msgspec.Struct, frozen=True):
+    """`failures` counts saves that were not committed, by cause. `queue` are the steps that are staged or being staged
+    and not yet being written. `last_commit_age_s` is None before the first commit that this saver made."""
+
+    directory: str
+    job: str
+    run: str
+    state: RunState
+    world: int
+    ranks: list[RankStatus]
+    slots: list[SlotStatus]
+    saves: list[SaveStatus]
+    committed: int
+    committed_bytes: int
+    failures: dict[str, int]
+    queue: list[int]
+    last_error: str
+    last_commit_age_s: float | None
+
+
+class SaverStatus(msgspec.Struct, frozen=True):
+    pid: int
+    version: str
+    endpoint: str
+    root: str
+    incarnation: str
+    uptime_s: float
+    rss_bytes: int
+    rejected_messages: dict[str, int]
+    now_unix_s: float
+    runs: list[RunStatus]
+    ended: list[RunStatus]
+
+
+class _Save:
+    def __init__(self, step: int, slot: int, started_s: float) -> None:
+        self.step, self.slot, self.started_s = step, slot, started_s
+        self.staged: dict[int, tuple[float, float]] = {}
+        self.write_started_s: float | None = None
+        self.settled_s: float | None = None
+        self.settled: Settled | None = None
+        self.cause = ""
+
+
+class Chronicle:
+    """The last saves of one run and counts of all of them; times are those of `now_s`.
+
+    Causes of what was not committed: "copy_failed" (a rank's copy), "slot_busy" (a rank skipped it), "incomplete" (a
+    rank died, left, or went on without it), "enospc", "eio" and other names of errors of the system while it was
+    written, "commit_failed" (anything else then).
+    """
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self.now_s = now_s
+        self._saves: OrderedDict[int, _Save] = OrderedDict()
+        self._causes: dict[int, str] = {}
+        self.heard_s: dict[int, float] = {}
+        self.committed = 0
+        self.committed_bytes = 0
+        self.failures: Counter[str] = Counter()
+        self.last_error = ""
+        self.last_commit_s: float | None = None
+
+    def heard(self, rank: int, message: FromRank) -> None:
+        """A rank said something."""
+        now_s = self.now_s()
+        self.heard_s[rank] = now_s
+        if not isinstance(message, Staged | Skipped | Failed):
+            return
+        save = self._save(message.step, message.slot)
+        if save.settled is not None:
+            return  # said again
+        if isinstance(message, Staged):
+            save.staged.setdefault(rank, (now_s, message.copy_s))
+        else:
+            self._causes.setdefault(message.step, "copy_failed" if isinstance(message, Failed) else "slot_busy")
+
+    def note(self, action: Action) -> None:
+        """What the state machine decided."""
+        if isinstance(action, Commit):
+            self._save(action.step, action.slot).write_started_s = self.now_s()
+        elif action.rank is None:
+            self._settle(action.settled)
+
+    def commit_failed(self, step: int, error: BaseException) -> None:
+        """Before the state machine is told."""
+        code = getattr(error, "errno", None)
+        self._causes[step] = errno.errorcode.get(code, "commit_failed").lower() if code is not None else "commit_failed"
+
+    @property
+    def saves(self) -> list[_Save]:
+        """Oldest first."""
+        return list(self._saves.values())
+
+    def _save(self, step: int, slot: int) -> _Save:
+        save = self._saves.get(step)
+        if save is None:
+            save = self._saves[step] = _Save(step, slot, self.now_s())
+            while len(self._saves) > REMEMBERED_SAVES:
+                forgotten, _ = self._saves.popitem(last=False)
+                self._causes.pop(forgotten, None)
+        return save
+
+    def _settle(self, settled: Settled) -> None:
+        cause = self._causes.pop(settled.step, "incomplete")
+        save = self._save(settled.step, settled.slot)
+        save.settled, save.settled_s = settled, self.now_s()
+        if settled.outcome == "committed":
+            self.committed += 1
+            self.committed_bytes += settled.bytes
+            self.last_commit_s = save.settled_s
+            return
+        save.cause = cause
+        self.failures[cause] += 1
+        self.last_error = f"step {settled.step} {settled.outcome}: {settled.reason}"
+
+
+def encode_status(status: SaverStatus) -> bytes:
+    return msgspec.json.encode(status)
+
+
+def decode_status(report: bytes) -> SaverStatus:
+    """Raises msgspec.DecodeError."""
+    return msgspec.json.decode(report, type=SaverStatus)
+
+
+def run_status(
+    image: RunImage, chronicle: Chronicle, state: RunState, queue: list[int], gone: Callable[[int], bool]
+) -> RunStatus:
+    now_s = chronicle.now_s()
+    to_unix_s = time.time() - now_s
+    options = image.record.options
+    return RunStatus(
+        directory=options.directory,
+        job=image.record.job,
+        run=image.path.name,
+        state=state,
+        world=options.world,
+        ranks=[
+            RankStatus(
+                peer.rank,
+                peer.process.pid,
+                not gone(peer.rank),
+                now_s - chronicle.heard_s[peer.rank] if peer.rank in chronicle.heard_s else None,
+            )
+            for peer in image.record.peers
+        ],
+        slots=[_slot(index, image) for index in range(len(image.states))],
+        saves=[_save_status(save, to_unix_s) for save in chronicle.saves],
+        committed=chronicle.committed,
+        committed_bytes=chronicle.committed_bytes,
+        failures=dict(chronicle.failures),
+        queue=queue,
+        last_error=chronicle.last_error,
+        last_commit_age_s=None if chronicle.last_commit_s is None else now_s - chronicle.last_commit_s,
+    )
+
+
+def process_memory_bytes() -> int:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _slot(index: int, image: RunImage) -> SlotStatus:
+    state = image.states[index]
+    try:
+        phases = [state.cell(rank).phase.name for rank in range(state.world)]
+        return SlotStatus(index, phases, state.complete_step())
+    except ValueError:  # the run has been removed from shared memory
+        return SlotStatus(index, [], None)
+
+
+def _save_status(save: _Save, to_unix_s: float) -> SaveStatus:
+    def unix(at_s: float | None) -> float | None:
+        return None if at_s is None else at_s + to_unix_s
+
+    settled = save.settled
+    return SaveStatus(
+        step=save.step,
+        slot=save.slot,
+        started_unix_s=save.started_s + to_unix_s,
+        staged=[StagedBy(rank, at_s + to_unix_s, copy_s) for rank, (at_s, copy_s) in sorted(save.staged.items())],
+        write_started_unix_s=unix(save.write_started_s),
+        settled_unix_s=unix(save.settled_s),
+        outcome="open" if settled is None else settled.outcome,
+        cause=save.cause,
+        reason="" if settled is None else settled.reason,
+        bytes=0 if settled is None else settled.bytes,
+        write_s=0.0 if settled is None else settled.write_s,
+        commit_s=0.0 if settled is None else settled.commit_s,
+    )
