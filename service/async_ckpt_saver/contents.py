@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from async_ckpt.core.errors import CheckpointError
 
 from .tensorfile import read_layout
@@ -17,6 +19,18 @@ ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FOLDER = "training_state"
 STATE_TENSORS = f"{STATE_FOLDER}/training_state.safetensors"
 STATE_DOCUMENT = f"{STATE_FOLDER}/training_state.json"
+
+
+class _Group(msgspec.Struct, frozen=True):
+    params: list[str]
+
+
+class _Optimizer(msgspec.Struct, frozen=True):
+    param_groups: list[_Group]
+
+
+class _State(msgspec.Struct, frozen=True):
+    optimizers: list[_Optimizer] = []
 
 
 def unreasonable(checkpoint: Path, whole: set[str], world: int) -> Iterator[tuple[str, str]]:
@@ -64,23 +78,23 @@ def _adapter(checkpoint: Path, folder: str, name: str, whole: set[str]) -> Itera
 
 def _document(checkpoint: Path, name: str) -> Iterator[str]:
     try:
-        document = read_object(checkpoint / name)
+        read_object(checkpoint / name)
+        if name == STATE_DOCUMENT:
+            parameters(checkpoint)
     except CheckpointError as error:
         yield str(error)
-        return
-    if name == STATE_DOCUMENT and not isinstance(document.get("optimizers", []), list):
-        yield "has optimizers that are no list"
 
 
 def _state_tensors(checkpoint: Path, world: int) -> Iterator[str]:
     """Every tensor belongs to a parameter that the document lists, or to a rank that took part."""
     try:
-        listed = parameters(read_object(checkpoint / STATE_DOCUMENT))
+        listed = parameters(checkpoint)
+        layout = read_layout(checkpoint / STATE_TENSORS)
     except CheckpointError:
         return  # told already
-    for extent in read_layout(checkpoint / STATE_TENSORS).extents:
+    for extent in layout.extents:
         name = extent.spec.name
-        if name.startswith("state.") and name.removeprefix("state.").rpartition(".")[0] not in listed:
+        if name.startswith("state.") and listed.isdisjoint(_owners(name.removeprefix("state."))):
             yield f"tensor {name!r} belongs to no parameter that {STATE_DOCUMENT} lists"
         if name.startswith("rng.rank"):
             rank = name.removeprefix("rng.rank").partition(".")[0]
@@ -88,11 +102,16 @@ def _state_tensors(checkpoint: Path, world: int) -> Iterator[str]:
                 yield f"tensor {name!r} is of a rank that {world} ranks do not have"
 
 
-def parameters(document: dict[str, Any]) -> set[str]:
-    """The parameters that the optimizers of a training state's document list."""
-    return {
-        name
-        for optimizer in document.get("optimizers", [])
-        for group in optimizer.get("param_groups", [])
-        for name in group.get("params", [])
-    }
+def _owners(name: str) -> Iterator[str]:
+    """`<parameter>.<key>`, where either may have dots in it."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def parameters(checkpoint: Path) -> set[str]:
+    """The parameters that the optimizers of a training state list. Raises CheckpointError if its document is none."""
+    try:
+        document = msgspec.json.decode((checkpoint / STATE_DOCUMENT).read_bytes(), type=_State)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"is no training state: {error}") from error
+    return {name for optimizer in document.optimizers for group in optimizer.param_groups for name in group.params}

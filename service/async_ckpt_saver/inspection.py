@@ -143,4 +143,4 @@ def _training_state(checkpoint: Path) -> dict[str, Any]:
         }
         for optimizer in document.get("optimizers", [])
     ]
-    return {**document, "optimizers": optimizers, "parameters": len(parameters(document))}
+    return {**document, "optimizers": optimizers, "parameters": len(parameters(checkpoint))}
