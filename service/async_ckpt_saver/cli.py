@@ -37,6 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_codes.ERROR
 
 
+class _WithoutVerbs(argparse.RawDescriptionHelpFormatter):
+    """argparse would list them once more, in one heap. Hiding them from it hides them from completion as well."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if action.dest != "verb":
+            super().add_argument(action)
+
+
 def build_parser(verbs: Iterable[str]) -> argparse.ArgumentParser:
     """A parser that knows `verbs`. Its answer has `command`, the module of the verb."""
     verbs = tuple(verbs)
@@ -52,9 +60,9 @@ def build_parser(verbs: Iterable[str]) -> argparse.ArgumentParser:
         usage=f"{PROGRAM} VERB [options]",
         description="\n\n".join(["Commits the checkpoints that training ranks stage in shared memory.", *listing]),
         epilog=f"{PROGRAM} VERB --help shows the options of a verb, and an example.\n\nexit status:\n{codes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_WithoutVerbs,
     )
-    choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS, prog=PROGRAM)
+    choices = parser.add_subparsers(dest="verb", required=True, metavar="VERB", prog=PROGRAM)
     for verb, command in commands.items():
         each = choices.add_parser(
             verb,

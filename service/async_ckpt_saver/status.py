@@ -142,7 +142,7 @@ class Chronicle:
         self.heard_s[rank] = now_s
         if not isinstance(message, Staged | Skipped | Failed):
             return
-        save = self._save(message.step, message.slot)
+        save = self._save(message.step, message.slot, now_s)
         if save.settled is not None:
             return  # said again
         if isinstance(message, Staged):
@@ -153,7 +153,8 @@ class Chronicle:
     def note(self, action: Action) -> None:
         """What the state machine decided."""
         if isinstance(action, Commit):
-            self._save(action.step, action.slot).write_started_s = self.now_s()
+            now_s = self.now_s()
+            self._save(action.step, action.slot, now_s).write_started_s = now_s
         elif action.rank is None:
             self._settle(action.settled)
 
@@ -167,10 +168,10 @@ class Chronicle:
         """Oldest first."""
         return list(self._saves.values())
 
-    def _save(self, step: int, slot: int) -> _Save:
+    def _save(self, step: int, slot: int, now_s: float) -> _Save:
         save = self._saves.get(step)
         if save is None:
-            save = self._saves[step] = _Save(step, slot, self.now_s())
+            save = self._saves[step] = _Save(step, slot, now_s)
             while len(self._saves) > REMEMBERED_SAVES:
                 forgotten, _ = self._saves.popitem(last=False)
                 self._causes.pop(forgotten, None)
@@ -178,8 +179,9 @@ class Chronicle:
 
     def _settle(self, settled: Settled) -> None:
         cause = self._causes.pop(settled.step, "incomplete")
-        save = self._save(settled.step, settled.slot)
-        save.settled, save.settled_s = settled, self.now_s()
+        now_s = self.now_s()
+        save = self._save(settled.step, settled.slot, now_s)
+        save.settled, save.settled_s = settled, now_s
         if settled.outcome == "committed":
             self.committed += 1
             self.committed_bytes += settled.bytes
