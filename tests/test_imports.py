@@ -28,7 +28,7 @@ def test_no_torch_and_no_numpy(statement: str) -> None:
 
 
 def test_the_saver_imports_nothing_of_the_trainers_side_but_core() -> None:
-    files = sorted((ROOT / "service" / "async_ckpt_saver").glob("*.py"))
+    files = sorted((ROOT / "service" / "async_ckpt_saver").rglob("*.py"))
     assert len(files) > 10
     for file in files:
         for line in file.read_text().splitlines():

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         print(table(("tensor", "dtype", "shape", ">bytes"), rows))
     section("metrics", found.metrics)
     section("extra", found.extra if isinstance(found.extra, dict | list) else {"": found.extra} if found.extra else {})
-    section("adapter", found.adapter)
+    section("adapter", {name: value for name, value in (found.adapter or {}).items() if value not in (None, {}, [])})
     section("training state", found.training_state)
     section("versions", found.versions)
     return exit_codes.OK
