@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,9 @@ from .latest_link import point_latest
 from .retention import expired, metrics_of, remove
 from .temporaries import leftovers
 
-_SETTLE_S = 60.0  # a saver makes a directory, or a link, an instant before it holds or moves it
+IS_READ = "is being read"
+IS_NEW = "nothing in it: a saver may have made it just now; the next attach removes it if not"
+LEFT_ALONE = (IS_READ, IS_NEW)
 
 
 class Removal(msgspec.Struct, frozen=True):
@@ -48,9 +49,12 @@ def collect(
         removals.append(removal)
         progress(removal)
 
-    for entry in _abandoned(directory):
+    for entry in _leftovers(directory):
         size_bytes = tree_bytes(entry.path)
-        note(Removal(entry.name, size_bytes, "leftover", not dry_run and _gone(entry)))
+        if _may_be_new(entry):
+            note(Removal(entry.name, size_bytes, "leftover", False, IS_NEW))
+        else:
+            note(Removal(entry.name, size_bytes, "leftover", not dry_run and remove_tree(entry.path)))
     for step in expired(metrics_of(directory), policy):
         note(_expire(directory, step, dry_run))
     if not dry_run:
@@ -70,28 +74,20 @@ def tree_bytes(path: str | os.PathLike[str]) -> int:
     return total
 
 
-def _abandoned(directory: Path) -> list[os.DirEntry[str]]:
+def _leftovers(directory: Path) -> list[os.DirEntry[str]]:
     try:
-        found = leftovers(directory)
+        return leftovers(directory)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be listed: {error.strerror or error}") from error
-    return [entry for entry in found if not _may_be_new(entry)]
 
 
 def _may_be_new(entry: os.DirEntry[str]) -> bool:
-    """A link, or a directory with nothing in it, that somebody may have made an instant ago."""
+    """A link, or a directory with nothing in it: a saver makes them an instant before it moves or locks them. They take
+    no space, and no clock could tell their age for certain."""
     try:
-        young = time.time() - entry.stat(follow_symlinks=False).st_mtime < _SETTLE_S
-        return young and (entry.is_symlink() or not os.listdir(entry.path))
+        return entry.is_symlink() or not os.listdir(entry.path)
     except OSError:
         return True  # gone already
-
-
-def _gone(entry: os.DirEntry[str]) -> bool:
-    if not entry.is_symlink():
-        return remove_tree(entry.path)
-    os.unlink(entry.path)
-    return True
 
 
 def _expire(directory: Path, step: int, dry_run: bool) -> Removal:
@@ -99,11 +95,11 @@ def _expire(directory: Path, step: int, dry_run: bool) -> Removal:
     size_bytes = tree_bytes(directory / name)
     try:
         if dry_run:
-            reason = "is being read" if is_read(directory / name) else ""
+            reason = IS_READ if is_read(directory / name) else ""
             return Removal(name, size_bytes, "checkpoint", False, reason)
         remove(directory, step)
     except BeingRead:
-        return Removal(name, size_bytes, "checkpoint", False, "is being read")
+        return Removal(name, size_bytes, "checkpoint", False, IS_READ)
     except CheckpointError as error:
         return Removal(name, size_bytes, "checkpoint", False, str(error))
     return Removal(name, size_bytes, "checkpoint", True)

@@ -22,6 +22,7 @@ from async_ckpt.core.slots import SHM
 from .asking import holder
 from .datafile import ALIGN_BYTES
 from .server import socket_path
+from .status import wall_clock_s
 
 _SMALL_SHM_BYTES = 256 << 20  # Docker's default is 64 MiB
 _LITTLE_SPACE_BYTES = 1 << 30
@@ -177,7 +178,7 @@ def _endpoint(bind: str) -> Iterator[Finding]:
 
 def _clock() -> Iterator[Finding]:
     """Ages come from the wall clock; everything that decides anything, from the monotonic one."""
-    before, wall = time.monotonic_ns(), time.time()
+    before, wall = time.monotonic_ns(), wall_clock_s()
     forward = time.monotonic_ns() >= before
     booted = wall - time.clock_gettime(time.CLOCK_BOOTTIME)
     sane = forward and wall > 1_600_000_000 and booted > 0

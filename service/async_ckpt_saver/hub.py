@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from .desk import Desk
 from .image import RunImage
 from .rejections import Cause
 from .services import Services
-from .status import SaverStatus, encode_status, process_memory_bytes
+from .status import SaverStatus, encode_status, process_memory_bytes, wall_clock_s
 from .watch import ProcessWatch
 
 log = logging.getLogger(__name__)
@@ -80,17 +79,16 @@ class Hub:
 
     def status(self) -> SaverStatus:
         services = self._services
-        now_unix_s = time.time()
         return SaverStatus(
             pid=os.getpid(),
             version=__version__,
             endpoint=services.endpoint,
             root=str(services.root),
             incarnation=services.incarnation,
-            uptime_s=now_unix_s - services.started_unix_s,
+            uptime_s=services.loop.time() - services.started_s,
             rss_bytes=process_memory_bytes(),
             rejected_messages=dict(services.rejections.counts),
-            now_unix_s=now_unix_s,
+            now_unix_s=wall_clock_s(),
             runs=[run for desk in self._desks.values() for run in desk.status()],
             ended=[*self._services.ended],
         )

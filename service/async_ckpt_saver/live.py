@@ -69,7 +69,7 @@ class LiveRun:
         self._on_end = on_end
         self._on_fail = on_fail
         self._machine = Run(image.record.options.world)
-        self._chronicle = Chronicle(services.now_s)
+        self._chronicle = Chronicle(services.loop.time)
         self._ready: set[int] = set()
         self._closed: set[int] = set()
         self._ended = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,6 @@ class Services:
     keep_image_s: float = 900.0
     orphan_image_s: float = 20.0
     rejections: Rejections = field(default_factory=Rejections)
-    started_unix_s: float = field(default_factory=time.time)
     ended: deque[RunStatus] = field(default_factory=lambda: deque(maxlen=ENDED_RUNS))
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _pool: ThreadPoolExecutor = field(
@@ -49,6 +47,7 @@ class Services:
 
     def __post_init__(self) -> None:
         self.clock = RunningClock(self.loop.time)
+        self.started_s = self.loop.time()
 
     def now_s(self) -> float:
         return self.clock.now_s()

@@ -118,7 +118,7 @@ class _Save:
 
 
 class Chronicle:
-    """The last saves of one run and counts of all of them; times are those of `now_s`.
+    """The last saves of one run and counts of all of them; times are those of `now_s`, which is monotonic.
 
     Causes of what was not committed: "copy_failed" (a rank's copy), "slot_busy" (a rank skipped it), "incomplete" (a
     rank died, left, or went on without it), "enospc", "eio" and other names of errors of the system while it was
@@ -205,7 +205,7 @@ def run_status(
     image: RunImage, chronicle: Chronicle, state: RunState, queue: list[int], gone: Callable[[int], bool]
 ) -> RunStatus:
     now_s = chronicle.now_s()
-    to_unix_s = time.time() - now_s
+    to_unix_s = wall_clock_s() - now_s
     options = image.record.options
     return RunStatus(
         directory=options.directory,
@@ -231,6 +231,11 @@ def run_status(
         last_error=chronicle.last_error,
         last_commit_age_s=None if chronicle.last_commit_s is None else now_s - chronicle.last_commit_s,
     )
+
+
+def wall_clock_s() -> float:
+    """For people: it may jump, so nothing is decided by it."""
+    return time.time()
 
 
 def process_memory_bytes() -> int:

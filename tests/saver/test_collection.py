@@ -4,7 +4,6 @@ import fcntl
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import reading
 from async_ckpt.core.manifest import committed
 from async_ckpt.core.retention_policy import Policy
-from async_ckpt_saver.collection import Removal, collect
+from async_ckpt_saver.collection import IS_NEW, Removal, collect
 from async_ckpt_saver.temporaries import held
 
 NOTHING = Policy()
@@ -60,8 +59,7 @@ def test_what_a_killed_saver_left_goes_and_nothing_else(run: Path) -> None:
 def test_what_a_saver_works_under_stays(run: Path) -> None:
     """Of this process or another; and what one may have made an instant ago, and not yet locked."""
     mine, theirs = leave(run, ".checkpoint-5.mine.tmp"), leave(run, ".checkpoint-6.theirs.tmp")
-    new = run / ".checkpoint-7.new.tmp"
-    new.mkdir()
+    (run / ".checkpoint-7.new.tmp").mkdir()
     (run / ".latest.new.tmp").symlink_to("checkpoint-4")
     code = (
         "import sys; from async_ckpt_saver.temporaries import held\nwith held(sys.argv[1]): print(flush=True); input()"
@@ -70,15 +68,12 @@ def test_what_a_saver_works_under_stays(run: Path) -> None:
     with held(str(mine)), subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        assert collected(run, NOTHING) == []
+        new = [(".checkpoint-7.new.tmp", False, IS_NEW), (".latest.new.tmp", False, IS_NEW)]
+        assert sorted(collected(run, NOTHING)) == new
         other.kill()
         other.wait()
-        assert collected(run, NOTHING) == [(".checkpoint-6.theirs.tmp", True, "")]
-    old_s = time.time() - 3600
-    os.utime(new, (old_s, old_s))
-    os.utime(run / ".latest.new.tmp", (old_s, old_s), follow_symlinks=False)
-    names = {".checkpoint-5.mine.tmp", ".checkpoint-7.new.tmp", ".latest.new.tmp"}
-    assert {name for name, done, _ in collected(run, NOTHING) if done} == names
+        assert sorted(collected(run, NOTHING)) == [(".checkpoint-6.theirs.tmp", True, ""), *new]
+    assert sorted(collected(run, NOTHING)) == [(".checkpoint-5.mine.tmp", True, ""), *new]
 
 
 def test_a_rehearsal_says_the_same_and_changes_nothing(run: Path) -> None:

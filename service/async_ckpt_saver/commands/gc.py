@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
 
     import msgspec
 
-    from ..collection import Removal, collect
+    from ..collection import LEFT_ALONE, Removal, collect
 
     def tell(removal: Removal) -> None:
         if not options.json:
@@ -39,5 +39,5 @@ def run(options: argparse.Namespace) -> int:
     else:
         total = size(sum(each.bytes for each in gone))
         print(f"{len(gone)} {'would be removed' if options.dry_run else 'removed'}, {total}")
-    failed = not options.dry_run and any(not each.done and each.reason != "is being read" for each in removals)
+    failed = not options.dry_run and any(not each.done and each.reason not in LEFT_ALONE for each in removals)
     return exit_codes.ERROR if failed else exit_codes.OK

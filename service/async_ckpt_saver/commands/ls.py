@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 from .. import exit_codes
 from .keeping import add_policy, policy_of
@@ -25,8 +24,9 @@ def run(options: argparse.Namespace) -> int:
     import msgspec
 
     from ..inspection import listing
+    from ..status import wall_clock_s
 
-    found = listing(Path(options.directory), policy_of(options), time.time())
+    found = listing(Path(options.directory), policy_of(options), wall_clock_s())
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
         return exit_codes.OK

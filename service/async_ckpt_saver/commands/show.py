@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 
 from .. import exit_codes
 from .output import age, size, table
@@ -23,6 +22,7 @@ def run(options: argparse.Namespace) -> int:
     import msgspec
 
     from ..inspection import Shown, inspect
+    from ..status import wall_clock_s
     from .paths import one_checkpoint
 
     found = inspect(one_checkpoint(options.checkpoint))
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         ]
         return table(("file", ">size", ">holds", "dtypes"), rows)
 
-    print(f"step {found.step}, {age(time.time() - found.created_unix_s)} old, {size(found.bytes)}, "
+    print(f"step {found.step}, {age(wall_clock_s() - found.created_unix_s)} old, {size(found.bytes)}, "
           f"written by {found.world} ranks")  # fmt: skip
     print(files(found))
     if options.tensors:
