@@ -7,31 +7,43 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.protocol import Status, StatusWanted, decode_from_saver, encode
+from async_ckpt.core.transport import Ipc, transport_of
 
 from .status import SaverStatus, decode_status
 
+if TYPE_CHECKING:
+    from async_ckpt.core.keys import ClientKeys
+
 
 class Asker:
-    """One socket to the saver at `endpoint`, for one question or many."""
+    """One socket to the saver at `endpoint`, for one question or many. Over tcp it has the keys that a rank has."""
 
     def __init__(self, endpoint: str) -> None:
+        """Raises CheckpointError if that is no address of a saver, or if keys are missing."""
         self.endpoint = endpoint
+        self._transport = transport_of(endpoint)
+        self._keys: ClientKeys | None = None
+        if self._transport.encrypted:
+            from async_ckpt.core.keys import client_keys
+
+            self._keys = client_keys(os.environ)
         self._context = zmq.Context(1)
 
     def status(self, timeout_s: float) -> SaverStatus:
         """Raises CheckpointError if no saver answers in time, or it answers with something else."""
-        if self.endpoint.startswith("ipc://") and not Path(self.endpoint.removeprefix("ipc://")).exists():
+        if isinstance(self._transport, Ipc) and not self._transport.path.exists():
             raise CheckpointError(f"no saver listens at {self.endpoint}: there is no such socket")
         with self._context.socket(zmq.DEALER) as socket:
             socket.set(zmq.LINGER, 0)
             socket.set(zmq.RECONNECT_IVL, 20)
-            socket.connect(self.endpoint)
+            self._transport.connect(socket, self._keys)
             socket.send(encode(StatusWanted()))
             if not socket.poll(int(timeout_s * 1000)):
                 raise CheckpointError(f"no saver answers at {self.endpoint} within {timeout_s:g} s")
@@ -57,10 +69,10 @@ def asking(endpoint: str) -> Iterator[Asker]:
         asker.close()
 
 
-def holder(socket: Path) -> int | None:
-    """The pid of the living saver that holds the lock of `socket`, None if there is none. Raises OSError."""
+def holder(lock_path: Path) -> int | None:
+    """The pid of the living saver that holds the lock of its endpoint, None if there is none. Raises OSError."""
     try:
-        lock = os.open(socket.with_name(socket.name + ".lock"), os.O_RDONLY | os.O_CLOEXEC)
+        lock = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:

@@ -18,10 +18,10 @@ import msgspec
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.slots import SHM
+from async_ckpt.core.transport import Ipc, transport_of
 
 from .asking import holder
 from .datafile import ALIGN_BYTES
-from .server import socket_path
 from .status import wall_clock_s
 
 _SMALL_SHM_BYTES = 256 << 20  # Docker's default is 64 MiB
@@ -158,22 +158,23 @@ def _direct(folder: Path) -> Finding:
 
 def _endpoint(bind: str) -> Iterator[Finding]:
     try:
-        socket = socket_path(bind)
+        transport = transport_of(bind)
+        socket = transport.path if isinstance(transport, Ipc) else None
+        lock = transport.lock_path() if socket is None else socket.with_name(socket.name + ".lock")
+        pid = holder(lock)
     except CheckpointError as error:
         yield Finding("endpoint", "fail", str(error), "give another --bind")
         return
-    try:
-        pid = holder(socket)
     except OSError as error:
-        yield Finding("endpoint", "fail", f"{socket}: {error.strerror or error}", "run this as the saver's user")
+        yield Finding("endpoint", "fail", f"{bind}: {error.strerror or error}", "run this as the saver's user")
         return
     if pid is not None:
         yield Finding("endpoint", "ok", f"{bind} is served by pid {pid}")
-    elif socket.exists():
+    elif socket is not None and socket.exists():
         advice = "a saver was killed: the next one on this endpoint takes over, and commits what is staged"
         yield Finding("endpoint", "warn", f"{socket} is there, but no saver holds it", advice)
     else:
-        yield Finding("endpoint", "ok", f"{bind} is free ({len(os.fsencode(socket))} of at most 100 bytes)")
+        yield Finding("endpoint", "ok", f"{bind} is free")
 
 
 def _clock() -> Iterator[Finding]:

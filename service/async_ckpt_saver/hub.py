@@ -87,7 +87,7 @@ class Hub:
             incarnation=services.incarnation,
             uptime_s=services.loop.time() - services.started_s,
             rss_bytes=process_memory_bytes(),
-            rejected_messages=dict(services.rejections.counts),
+            rejected_messages={str(cause): count for cause, count in services.rejections.counts.items()},
             now_unix_s=wall_clock_s(),
             runs=[run for desk in self._desks.values() for run in desk.status()],
             ended=[*self._services.ended],

@@ -83,9 +83,20 @@ BIND = Setting(
     "an endpoint, as in ipc:///run/async-ckpt/saver.sock",
     None,
     "ENDPOINT",
-    "ipc:// and an absolute path",
+    "ipc:// and an absolute path, or tcp://HOST:PORT",
 )
 ROOT = Setting("root", _text, "a directory, as in /data/runs", None, "DIR", "nothing is ever written outside DIR")
+CURVE_SECRET = Setting(
+    "curve_secret", _text, "the path of a file made by keygen", "", "FILE", "for tcp: this saver's keys, from keygen"
+)
+CURVE_ALLOW = Setting(
+    "curve_allow",
+    _text,
+    "the path of a directory",
+    "",
+    "DIR",
+    "for tcp: the *.key files of the clients that may connect",
+)
 KEEP_IMAGE = Setting(
     "keep_image_s",
     _seconds,
@@ -98,7 +109,7 @@ LOG_LEVEL = Setting(
     "log_level", _one_of(*_LEVELS), f"one of {', '.join(_LEVELS)}", "info", "LEVEL", "say no less than this"
 )
 
-SETTINGS = (BIND, ROOT, KEEP_IMAGE, LOG_LEVEL)
+SETTINGS = (BIND, ROOT, CURVE_SECRET, CURVE_ALLOW, KEEP_IMAGE, LOG_LEVEL)
 
 
 def resolve(

@@ -10,7 +10,7 @@ import errno
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -101,7 +101,7 @@ class SaverStatus(msgspec.Struct, frozen=True):
     incarnation: str
     uptime_s: float
     rss_bytes: int
-    rejected_messages: dict[str, int]
+    rejected_messages: Mapping[str, int]
     now_unix_s: float
     runs: list[RunStatus]
     ended: list[RunStatus]

@@ -85,7 +85,7 @@ def test_the_defaults_units_and_variables_are_in_the_help(capsys: pytest.Capture
     [
         (["run"], 2, "bind and root missing"),
         (["run", "--bind", "ipc:///s", "--root", "/", "--keep-image-s", "soon"], 2, "--keep-image-s: 'soon'"),
-        (["run", "--bind", "tcp://x", "--root", "/"], 1, "cannot bind 'tcp://x'"),
+        (["run", "--bind", "tcp://x", "--root", "/"], 1, "'tcp://x': give tcp://HOST:PORT"),
         (["config", "--config", "/nonexistent.toml"], 2, "/nonexistent.toml cannot be read"),
         (["status"], 2, "which saver?"),
         (["status", "--bind", "ipc:///nonexistent/s.sock"], 1, "no saver listens"),
@@ -118,6 +118,8 @@ def test_config_says_where_each_value_comes_from(
     assert json.loads(capsys.readouterr().out) == {
         "bind": {"value": "ipc:///from/flag", "source": "flag", "where": "--bind"},
         "root": {"value": "/from/environment", "source": "environment", "where": "ASYNC_CKPT_ROOT"},
+        "curve_secret": {"value": "", "source": "default", "where": ""},
+        "curve_allow": {"value": "", "source": "default", "where": ""},
         "keep_image_s": {"value": 900.0, "source": "default", "where": ""},
         "log_level": {"value": "debug", "source": "file", "where": str(file)},
     }

@@ -34,7 +34,8 @@ from async_ckpt.core.protocol import (
 )
 from async_ckpt.core.slots import Phase, SlotPaths, StateFile, read_journals
 from async_ckpt.core.transport import transport_of
-from async_ckpt_saver.cli import EXIT_IN_USE, main
+from async_ckpt_saver.cli import main
+from async_ckpt_saver.exit_codes import IN_USE
 from tests.ranks import ROOT
 from tests.saver.saver_process import LAYOUT, Peer, SaverProcess, register, until
 
@@ -226,31 +227,31 @@ def test_a_rank_that_sees_other_shared_memory_is_refused(saver: SaverProcess, ho
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o777, 0o1777, 0o710])
-def test_a_socket_where_others_come_in_is_refused(home: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_socket_where_others_come_in_is_refused(home: Path, mode: int, capsys: pytest.CaptureFixture[str]) -> None:
     open_to_others = home / "d"
     open_to_others.mkdir()
     open_to_others.chmod(mode)
     assert main(["run", "--bind", f"ipc://{open_to_others}/s", "--root", str(home)]) == 1
-    assert "with mode 0700" in caplog.text
+    assert "with mode 0700" in capsys.readouterr().err
     assert list(open_to_others.iterdir()) == []
 
 
 @as_root
-def test_a_directory_that_another_user_made_first_is_refused(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_directory_that_another_user_made_first_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = home / "d"
     theirs.mkdir(mode=0o700)
     os.chown(theirs, NOBODY, NOBODY)
     assert main(["run", "--bind", f"ipc://{theirs}/s", "--root", str(home)]) == 1
-    assert f"it has uid {NOBODY}" in caplog.text
+    assert f"it has uid {NOBODY}" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=f"uid {NOBODY}"):
         Peer(f"ipc://{theirs}/s")
 
 
-def test_a_link_is_no_private_directory(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_link_is_no_private_directory(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "real").mkdir(mode=0o700)
     (home / "d").symlink_to(home / "real")
     assert main(["run", "--bind", f"ipc://{home}/d/s", "--root", str(home)]) == 1
-    assert "with mode 0700" in caplog.text
+    assert "with mode 0700" in capsys.readouterr().err
 
 
 # --- tcp -----------------------------------------------------------------------------------------------------------
@@ -301,9 +302,9 @@ def test_a_client_whose_key_is_listed_is_served_and_another_is_not(doors: Doors)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "[::1]"])
-def test_tcp_without_keys_is_never_served(home: Path, address: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_tcp_without_keys_is_never_served(home: Path, address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--bind", f"tcp://{address}:{free_port()}", "--root", str(home)]) == 1
-    assert "keygen" in caplog.text
+    assert "keygen" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="ASYNC_CKPT_CURVE_SECRET"):
         Peer(f"tcp://{address}:5591")
 
@@ -315,7 +316,7 @@ def test_a_second_saver_is_refused_and_harms_nothing(doors: Doors, bind: str) ->
     with first, Peer(endpoint, doors.keys) as peer:
         peer.alive()
         second = SaverProcess(endpoint, doors.home, doors.home / "log2", *doors.options)
-        assert second.process.wait(30) == EXIT_IN_USE
+        assert second.process.wait(30) == IN_USE
         assert f"pid {first.process.pid}" in second.said()
         peer.alive()
         with Peer(endpoint, doors.keys) as another:
@@ -326,7 +327,7 @@ def test_a_port_under_another_name_is_in_use_as_well(doors: Doors) -> None:
     other_name = doors.endpoint.replace("127.0.0.1", "0.0.0.0")
     with doors.start():
         second = SaverProcess(other_name, doors.home, doors.home / "log2", *doors.options)
-        assert second.process.wait(30) == EXIT_IN_USE
+        assert second.process.wait(30) == IN_USE
         assert "in use" in second.said()
 
 
@@ -349,7 +350,7 @@ def test_a_run_over_tcp_is_taken_up_by_the_next_saver_of_that_address(doors: Doo
     assert (doors.home / "run" / "checkpoint-3").is_dir()
 
 
-def test_keys_that_others_can_read_or_add_to_are_refused(doors: Doors, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_that_others_can_read_or_add_to_are_refused(doors: Doors, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["run", "--bind", doors.endpoint, "--root", str(doors.home), *doors.options]
     for path, mode, words in (
         (doors.secret, 0o640, "can be read by others (mode 0640): chmod 600"),
@@ -358,17 +359,15 @@ def test_keys_that_others_can_read_or_add_to_are_refused(doors: Doors, caplog: p
         before = stat.S_IMODE(path.stat().st_mode)
         path.chmod(mode)
         assert main(run) == 1
-        assert words in caplog.text
+        assert words in capsys.readouterr().err
         path.chmod(before)
     for key in (doors.home / "allow").iterdir():
         key.unlink()
     assert main(run) == 1
-    assert "nobody could connect" in caplog.text
+    assert "nobody could connect" in capsys.readouterr().err
 
 
-def test_keygen_makes_a_pair_once(
-    home: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_keygen_makes_a_pair_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     umask = os.umask(0)
     try:
         assert main(["keygen", str(home / "node")]) == 0
@@ -382,7 +381,7 @@ def test_keygen_makes_a_pair_once(
     assert pair.secret.decode() not in repr(pair)
     before = {path: path.read_bytes() for path in home.iterdir()}
     assert main(["keygen", str(home / "node")]) == 1
-    assert "never overwritten" in caplog.text
+    assert "never overwritten" in capsys.readouterr().err
     (home / "node.key_secret").unlink()
     assert main(["keygen", str(home / "node")]) == 1, "a public key of that name is there"
     assert {path: path.read_bytes() for path in home.iterdir()} == {home / "node.key": before[home / "node.key"]}

@@ -55,6 +55,8 @@ def test_every_setting_has_its_own_origin() -> None:
         "bind": ("ipc:///s", "flag", "--bind"),
         "root": ("/r", "environment", "ASYNC_CKPT_ROOT"),
         "log_level": ("debug", "file", FILE),
+        "curve_secret": ("", "default", ""),
+        "curve_allow": ("", "default", ""),
         "keep_image_s": (900.0, "default", ""),
     }
     require(values, BIND, ROOT)

@@ -103,6 +103,6 @@ def test_memory_is_bounded_and_counts_are_not() -> None:
 def test_the_report_survives_its_journey() -> None:
     status = SaverStatus(
         pid=1, version="v", endpoint="e", root="r", incarnation="i", uptime_s=1.0, rss_bytes=2,
-        rejected_messages=3, now_unix_s=4.0, runs=[], ended=[],
+        rejected_messages={"unreadable": 3}, now_unix_s=4.0, runs=[], ended=[],
     )  # fmt: skip
     assert decode_status(encode_status(status)) == status

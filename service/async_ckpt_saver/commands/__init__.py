@@ -27,7 +27,7 @@ class Command(Protocol):
 
 # In the order of the help.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "the saver": ("run", "status", "config", "doctor"),
+    "the saver": ("run", "status", "config", "doctor", "keygen"),
     "checkpoints": ("ls", "show", "diff", "verify", "gc"),
     "this program": ("completion",),
 }

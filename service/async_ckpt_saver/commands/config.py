@@ -25,6 +25,6 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({name: value._asdict() for name, value in values.items()}, indent=2))
         return exit_codes.OK
     for name, value in values.items():
-        shown = "(not set)" if value.value is None else value.value
+        shown = "(not set)" if value.value in (None, "") else value.value
         print(f"{name:<16}{shown!s:<48}{value.source}{f' {value.where}' if value.where else ''}")
     return exit_codes.OK

@@ -36,4 +36,4 @@ def effective(options: argparse.Namespace, settings: Iterable[Setting]) -> dict[
 
 
 def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from .. import exit_codes
-from ..settings import BIND, KEEP_IMAGE, LOG_LEVEL, ROOT, Setting, require
+from ..settings import BIND, CURVE_ALLOW, CURVE_SECRET, KEEP_IMAGE, LOG_LEVEL, ROOT, Setting, require
 from .options import add_file, add_settings, effective
 
 HELP = "serve the ranks of this host until SIGTERM"
@@ -16,6 +17,7 @@ async-ckpt-saver run --bind ipc:///run/async-ckpt/saver.sock --root /data/runs
 
 GROUPS: dict[str, tuple[Setting, ...]] = {
     "where": (BIND, ROOT),
+    "keys": (CURVE_SECRET, CURVE_ALLOW),
     "memory": (KEEP_IMAGE,),
     "log": (LOG_LEVEL,),
 }
@@ -36,11 +38,12 @@ def run(options: argparse.Namespace) -> int:
 
     import asyncio
     import logging
-    from pathlib import Path
 
     import uvloop
 
-    from ..server import Config, EndpointInUse, Server
+    from async_ckpt.core.transport import EndpointInUse
+
+    from ..server import Config, Server
 
     logging.basicConfig(
         level=values["log_level"].value.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
@@ -50,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
         bind=values["bind"].value,
         root=Path(values["root"].value),
         embedded=options.embedded,
+        curve_secret=_path(values["curve_secret"].value),
+        curve_allow=_path(values["curve_allow"].value),
         keep_image_s=keep_image_s,
         orphan_image_s=min(20.0, keep_image_s) if options.embedded else keep_image_s,
     )
@@ -68,3 +73,7 @@ def run(options: argparse.Namespace) -> int:
         logging.error("%s", error)
         return exit_codes.IN_USE
     return exit_codes.OK
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None

@@ -56,8 +56,9 @@ def render(status: SaverStatus) -> str:
     """For people: one block a run."""
     head = (f"saver {status.pid} at {status.endpoint}, up {age(status.uptime_s)}, {size(status.rss_bytes)} of memory, "
             f"version {status.version}, root {status.root}")  # fmt: skip
-    if status.rejected_messages:
-        head += f"\n{status.rejected_messages} messages rejected"
+    rejected = [f"{count} {cause}" for cause, count in status.rejected_messages.items() if count]
+    if rejected:
+        head += f"\nrejected messages: {', '.join(rejected)}"
     runs = [_run(run, status.now_unix_s) for run in [*status.runs, *status.ended]]
     return "\n\n".join([head, *(runs or ["no runs"])])
 
