@@ -62,6 +62,7 @@ def attach(
     timeout_s: float = 600.0,
     scaler: Stateful | None = None,
     stateful: Mapping[str, Stateful] | None = None,
+    files: Mapping[str, bytes] | None = None,
     verify_replicas: bool = False,
 ) -> Checkpointer:
     """Prepare checkpoints of the PEFT adapter in `model`, or of the whole model if it is a transformers model without
@@ -86,6 +87,8 @@ def attach(
     object with a state_dict, one a rank) are saved and restored with the weights, and random numbers with them: at the
     same world size training goes on bit by bit as if it had not stopped. Without them only the weights are saved.
 
+    `files` (path -> bytes, as rank 0 gives them) lie beside the weights in every checkpoint: a tokenizer, a licence.
+
     Raises CheckpointError, on every rank with the same reason, saying what to change.
     """
     path = Path(directory).expanduser().resolve()
@@ -106,7 +109,7 @@ def attach(
     def make_plan() -> Plan:
         parts = make_parts(optimizer, scheduler, scaler, stateful)
         selection = Selection(names, max_shard_size)
-        return plan_checkpoint(model, selection, parts, rank=topology.rank, world=topology.world)
+        return plan_checkpoint(model, selection, parts, files, rank=topology.rank, world=topology.world)
 
     def join() -> Joined:
         _attempts[path] += 1

@@ -24,6 +24,7 @@ from async_ckpt.core.protocol import Failed, SaveRecord, Settled, Skipped, Stage
 
 from . import restoring
 from .client import Client
+from .files import own_files
 from .handle import SaveHandle
 from .mapped import Slot
 from .plan import Plan, save_record
@@ -99,17 +100,25 @@ class Checkpointer:
 
     # --- what a training loop calls --------------------------------------------------------------------------------
 
-    def save(self, step: int, *, metrics: Mapping[str, Any] | None = None, extra: Any = None) -> SaveHandle:
+    def save(
+        self,
+        step: int,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        extra: Any = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> SaveHandle:
         """Snapshot the weights as they are now and return; the copy and the commit go on behind the training.
 
-        `step` must grow from save to save. `metrics` (numbers, strings) and `extra` (JSON) go into the manifest as
-        rank 0 gives them. With all slots busy it waits for one, or skips this save: attach's `when_busy`.
+        `step` must grow from save to save. `metrics` (numbers, strings) and `extra` (JSON) go into the manifest, and
+        `files` (path -> bytes, at most 64 MiB in all) beside the weights, as rank 0 gives them. With all slots busy it
+        waits for one, or skips this save: attach's `when_busy`.
         Raises CheckpointError if the checkpointer is closed, for a step that is not newer than what was saved or
-        what the directory holds, and for metrics or extra that JSON cannot hold.
+        what the directory holds, for metrics or extra that JSON cannot hold, and for files that have no place.
         """
         started_s = time.perf_counter()
         step = self._check_save(step)
-        record = save_record(step, metrics, extra)
+        record = save_record(step, metrics, extra, own_files(files, self._plan.paths))
         if self._plan.outdated:
             self._renew()
         slot = self._staging.slots[self._calls % len(self._staging.slots)]
@@ -125,6 +134,11 @@ class Checkpointer:
         self._stats.add_stall(handle, time.perf_counter() - started_s)
         return handle
 
+    @property
+    def next_step(self) -> int:
+        """The least step that may be saved next, the same on every rank: for loops that count no steps themselves."""
+        return 0 if self._newest_step is None else self._newest_step + 1
+
     def fence(self) -> None:
         """After this no copy reads a parameter any more. Every torch optimizer's `step` calls it by itself; call it
         before anything else that writes to parameters: merging adapters, EMA swaps, `model.to`."""
@@ -132,12 +146,15 @@ class Checkpointer:
         if self._last is not None and waited_s > 0:
             self._stats.add_stall(self._last, waited_s)
 
-    def restore(self, checkpoint: str | int | os.PathLike[str] = "latest") -> Restored | None:
+    def restore(
+        self, checkpoint: str | int | os.PathLike[str] = "latest", *, training_state: bool = True
+    ) -> Restored | None:
         """Load a checkpoint into the model, each rank its own part; None if there is none yet.
 
         "latest": the newest committed one, the same on every rank. Else a step, or the path of a checkpoint; also of
         one that PEFT or transformers wrote, whose step is that of its name, "checkpoint-<step>", or else -1: training
-        begins at 0. Bytes come from RAM where the saver still holds them, else from disk.
+        begins at 0. Bytes come from RAM where the saver still holds them, else from disk. `training_state` False: the
+        weights alone; optimizer, scheduler and random numbers stay as they are.
         Raises CheckpointError listing the differences if it does not fit the model, which is left as it was.
         """
         if self._closed:
@@ -151,7 +168,8 @@ class Checkpointer:
             return None
         self.fence()
         reshard(self._model)
-        description, source = restoring.read(self._plan, found, slots)
+        plan = self._plan if training_state else dataclasses.replace(self._plan, state=None)
+        description, source = restoring.read(plan, found, slots)
         path = found.path
         step, given = description.step, path
         if path.parent.resolve() == self._settings.directory:
@@ -305,7 +323,7 @@ class Checkpointer:
         documents = state.snapshot() if state is not None else dict
 
         def make() -> SaveRecord | None:
-            found = documents()
+            found = documents() | (record.documents if rank == 0 else {})
             return msgspec.structs.replace(record, documents=found) if found or rank == 0 else None
 
         return make

@@ -18,6 +18,7 @@ from async_ckpt.core.protocol import Claim, ImageFile, Layout, SaveRecord
 
 from .adapter import holds_adapters, plan_adapter
 from .contents import SAFETENSORS_DTYPE, Contents, joined
+from .files import own_files
 from .full_model import plan_full_model
 from .mapped import Part
 from .restore import Target
@@ -48,6 +49,11 @@ class Plan:
         return self.version() != self.made_for
 
     @property
+    def paths(self) -> list[str]:
+        """The files of each checkpoint, but for the small ones of one save."""
+        return [*(file.path for file in self.layout.files), *self.layout.documents]
+
+    @property
     def layout_hash(self) -> str:
         digest = xxhash.xxh3_128()
         for file in self.layout.files:
@@ -63,9 +69,17 @@ class Selection:
     max_shard_size: int | str
 
 
-def plan_checkpoint(model: torch.nn.Module, selection: Selection, state_parts: Parts, *, rank: int, world: int) -> Plan:
-    """Runs no collective. Raises CheckpointError if the model has nothing that could be saved as selected, or if
-    some of the training state cannot be saved."""
+def plan_checkpoint(
+    model: torch.nn.Module,
+    selection: Selection,
+    state_parts: Parts,
+    files: Mapping[str, bytes] | None = None,
+    *,
+    rank: int,
+    world: int,
+) -> Plan:
+    """`files` are the caller's own, the same in every save. Runs no collective. Raises CheckpointError if the model has
+    nothing that could be saved as selected, or if some of the training state or of `files` cannot be saved."""
     shards = find_shards(model)
     contents = _plan_weights(model, selection, documents=rank == 0)
     builder = _Builder()
@@ -80,7 +94,8 @@ def plan_checkpoint(model: torch.nn.Module, selection: Selection, state_parts: P
             *((tensor.name, tensor, tensor.writes) for tensor in state.tensors),
             *((generator.name, generator, generator.region.numel > 0) for generator in state.rng),
         ])  # fmt: skip
-    layout = Layout(tuple(builder.files), contents.documents)
+    own = own_files(files, [*weights, *contents.documents])
+    layout = Layout(tuple(builder.files), contents.documents | (own if rank == 0 else {}))
     return Plan(layout, weights, state, builder.claims, builder.parts, contents.version, contents.version(),
                 contents.base_models)  # fmt: skip
 
@@ -120,8 +135,11 @@ class _Builder:
         self.files.append(ImageFile(path, layout.header, layout.total_bytes))
 
 
-def save_record(step: int, metrics: Mapping[str, Any] | None, extra: Any) -> SaveRecord:
-    """What the manifest will say of a save. Raises CheckpointError for what JSON cannot hold; nothing is pickled."""
+def save_record(
+    step: int, metrics: Mapping[str, Any] | None, extra: Any, files: Mapping[str, bytes] | None = None
+) -> SaveRecord:
+    """What the manifest will say of a save, and the caller's `files` in it, checked already. Raises CheckpointError for
+    what JSON cannot hold; nothing is pickled."""
     checkpoint_name(step)
     plain = {}
     if metrics is not None and not isinstance(metrics, Mapping):
@@ -147,7 +165,7 @@ def save_record(step: int, metrics: Mapping[str, Any] | None, extra: Any) -> Sav
         raise CheckpointError(
             f"extra cannot be written as JSON: {error}; give dicts, lists, numbers, strings"
         ) from error
-    record = SaveRecord(step, plain, copied, {})
+    record = SaveRecord(step, plain, copied, dict(files or {}))
     try:
         msgspec.msgpack.encode(record)
     except (TypeError, ValueError, OverflowError) as error:

@@ -43,14 +43,16 @@ class RngShard(Shard):
 
 def rng_shards(rank: int, world: int) -> list[RngShard]:
     """Those of all ranks, since all of them are in the file; only this rank's have a region."""
-    readers = dict(_READERS)
-    if torch.cuda.is_available():
-        readers["cuda"] = torch.cuda.get_rng_state
     return [
         RngShard(each, generator, read, mine=each == rank)
         for each in range(world)
-        for generator, read in readers.items()
+        for generator, read in _readers().items()
     ]
+
+
+def read_rng() -> dict[str, torch.Tensor]:
+    """This process's generators as they are now, as `restore_rng` takes them."""
+    return {generator: read() for generator, read in _readers().items()}
 
 
 def restore_rng(states: dict[str, torch.Tensor]) -> None:
@@ -66,6 +68,10 @@ def restore_rng(states: dict[str, torch.Tensor]) -> None:
         torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _readers() -> dict[str, Callable[[], torch.Tensor]]:
+    return _READERS | ({"cuda": torch.cuda.get_rng_state} if torch.cuda.is_available() else {})
 
 
 def _python() -> torch.Tensor:
