@@ -135,6 +135,10 @@ class Checkpointer:
         return handle
 
     @property
+    def rank(self) -> int:
+        return self._settings.rank
+
+    @property
     def next_step(self) -> int:
         """The least step that may be saved next, the same on every rank: for loops that count no steps themselves."""
         return 0 if self._newest_step is None else self._newest_step + 1

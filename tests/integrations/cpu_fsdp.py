@@ -1,4 +1,4 @@
-"""accelerate never turns FSDP on where there is no accelerator: here it does, on gloo ranks, and nothing else changes."""
+"""accelerate never turns FSDP on where there is no accelerator; here it does, on gloo ranks."""
 
 from __future__ import annotations
 

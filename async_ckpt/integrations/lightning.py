@@ -1,0 +1,159 @@
+"""Checkpoints of a Lightning Trainer: a callback, for Lightning's own CheckpointIO is given tensors that were gathered.
+
+    checkpoints = AsyncCheckpoint("runs/lora", every_n_steps=100)
+    Trainer(callbacks=[checkpoints], enable_checkpointing=False).fit(module, loader)
+
+`fit` goes on from the newest checkpoint in the directory by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from async_ckpt import CheckpointError, attach
+from async_ckpt.checkpointer import Checkpointer
+from async_ckpt.plain import from_plain, to_plain
+from async_ckpt.rng import read_rng, restore_rng
+
+from .common import adapter_names, missing
+
+try:
+    from lightning.pytorch import Callback
+except ImportError as _error:
+    raise missing("lightning", _error) from _error
+
+__all__ = ["AsyncCheckpoint"]
+
+_LOOPS = "lightning_loops"
+_LOADERS = "combined_loader"  # Lightning's own key for the states of the data loaders
+
+
+class AsyncCheckpoint(Callback):  # type: ignore[misc]
+    """Saves the adapter, the optimizers, the schedulers and the place in the loops every `every_n_steps` optimizer
+    steps, at the end of each epoch if `every_epoch`, and at the end of `fit`; nothing is gathered.
+
+    `resume` True: `fit` begins where the newest checkpoint in `directory` ended, at any number of ranks; nothing is to
+    be given as `ckpt_path`. In the middle of an epoch Lightning itself knows the place of a data loader only if that
+    has a state_dict, as torchdata's StatefulDataLoader; other loaders begin their epoch anew. `options`: more arguments
+    of `async_ckpt.attach`. `checkpointer`: while `fit` runs, for its `stats()`.
+
+    A save that fails is logged, and training goes on. `fit` raises CheckpointError before the first batch if something
+    cannot be saved, or if a checkpoint is there that `resume=False` would have to overwrite.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        every_n_steps: int | None = 100,
+        every_epoch: bool = False,
+        resume: bool = True,
+        **options: Any,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise CheckpointError(f"every_n_steps={every_n_steps}: give a number of steps above 0, or None")
+        self.directory = Path(directory)
+        self.checkpointer: Checkpointer | None = None
+        self._every_n_steps = every_n_steps
+        self._every_epoch = every_epoch
+        self._resume = resume
+        self._options = options
+        self._resumed_rng: dict[str, Any] | None = None
+
+    # --- the span of one fit ---------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Model and optimizers are wrapped by now, and the loops have not begun."""
+        model = trainer.strategy.model
+        stateful = dict(self._options.get("stateful", {}))
+        loaders = _Loaders(trainer)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self.checkpointer = attach(
+            model,
+            trainer.optimizers,
+            _Schedulers(schedulers) if schedulers else None,
+            directory=self.directory,
+            adapter_name=adapter_names(model),
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            **{**self._options, "stateful": {**stateful, "lightning_loaders": loaders}},
+        )
+        restored = self.checkpointer.restore() if self._resume else None
+        if restored is not None:
+            if not isinstance(restored.extra, dict) or _LOOPS not in restored.extra:
+                raise CheckpointError(f"{restored.path} was not saved by AsyncCheckpoint, and does not say where in the "
+                                      f"loops it is; choose another directory")  # fmt: skip
+            loops = from_plain(restored.extra[_LOOPS])
+            loops["state_dict"] = {**loops["state_dict"], _LOADERS: loaders.loaded}
+            trainer.fit_loop.load_state_dict(loops)
+            self._resumed_rng = read_rng()
+        elif self.checkpointer.next_step > 0:
+            raise CheckpointError(f"{self.directory} holds checkpoint-{self.checkpointer.next_step - 1}: resume, or "
+                                  f"choose another directory")  # fmt: skip
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.checkpointer is not None:
+            self.checkpointer.close()
+            self.checkpointer = None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.checkpointer is not None:
+            self.checkpointer.__exit__(type(exception), exception, exception.__traceback__)
+            self.checkpointer = None
+
+    # --- saving ----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._resumed_rng is not None:  # making the data loaders' iterators has drawn random numbers
+            restore_rng(self._resumed_rng)
+            self._resumed_rng = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._every_n_steps is not None and trainer.global_step % self._every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._every_epoch:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Any) -> None:
+        """Once a step: batches whose gradients are still being accumulated are in no optimizer yet."""
+        step = trainer.global_step
+        if self.checkpointer is None or step < max(1, self.checkpointer.next_step):
+            return
+        loops = trainer.fit_loop.state_dict()
+        loops["state_dict"] = {name: each for name, each in loops["state_dict"].items() if name != _LOADERS}
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        self.checkpointer.save(step, metrics=metrics, extra={_LOOPS: to_plain("loops", loops)})
+
+
+class _Schedulers:
+    """All of Lightning's schedulers as one."""
+
+    def __init__(self, schedulers: Sequence[Any]) -> None:
+        self._schedulers = schedulers
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"schedulers": [each.state_dict() for each in self._schedulers]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        for scheduler, state in zip(self._schedulers, state_dict["schedulers"], strict=True):
+            scheduler.load_state_dict(state)
+
+
+class _Loaders:
+    """The states of this rank's data loaders, by way of the loop that will make them."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.loaded: list[Any] = []
+        self._loop = trainer.fit_loop
+
+    def state_dict(self) -> dict[str, Any]:
+        return {_LOADERS: self._loop.state_dict()["state_dict"].get(_LOADERS, [])}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.loaded = state_dict[_LOADERS]
