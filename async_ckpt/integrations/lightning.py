@@ -32,12 +32,13 @@ _LOADERS = "combined_loader"  # Lightning's own key for the states of the data l
 
 class AsyncCheckpoint(Callback):  # type: ignore[misc]
     """Saves the adapter, the optimizers, the schedulers and the place in the loops every `every_n_steps` optimizer
-    steps, at the end of each epoch if `every_epoch`, and at the end of `fit`; nothing is gathered.
+    steps, after each epoch if `every_epoch`, and at the end of `fit`; nothing is gathered. The state of other callbacks
+    is not saved.
 
     `resume` True: `fit` begins where the newest checkpoint in `directory` ended, at any number of ranks; nothing is to
-    be given as `ckpt_path`. In the middle of an epoch Lightning itself knows the place of a data loader only if that
-    has a state_dict, as torchdata's StatefulDataLoader; other loaders begin their epoch anew. `options`: more arguments
-    of `async_ckpt.attach`. `checkpointer`: while `fit` runs, for its `stats()`.
+    be given as `ckpt_path`. In the middle of an epoch Lightning knows the place of a data loader only if that has a
+    state_dict, as torchdata's StatefulDataLoader; other loaders begin their epoch anew. `options`: more arguments of
+    `async_ckpt.attach`. `checkpointer`: while `fit` runs, for its `stats()`.
 
     A save that fails is logged, and training goes on. `fit` raises CheckpointError before the first batch if something
     cannot be saved, or if a checkpoint is there that `resume=False` would have to overwrite.
@@ -61,11 +62,14 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
         self._resume = resume
         self._options = options
         self._resumed_rng: dict[str, Any] | None = None
+        self._place: dict[str, Any] | None = None  # Lightning's state of its loops, since the last batch
+        self._due = False
 
     # --- the span of one fit ---------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Model and optimizers are wrapped by now, and the loops have not begun."""
+        self._place, self._due = None, False
         model = trainer.strategy.model
         stateful = dict(self._options.get("stateful", {}))
         loaders = _Loaders(trainer)
@@ -82,12 +86,13 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
         restored = self.checkpointer.restore() if self._resume else None
         if restored is not None:
             if not isinstance(restored.extra, dict) or _LOOPS not in restored.extra:
-                raise CheckpointError(f"{restored.path} was not saved by AsyncCheckpoint, and does not say where in the "
-                                      f"loops it is; choose another directory")  # fmt: skip
+                raise CheckpointError(f"{restored.path} was not saved by AsyncCheckpoint, and does not say where in "
+                                      f"the loops it is; choose another directory")  # fmt: skip
             loops = from_plain(restored.extra[_LOOPS])
             loops["state_dict"] = {**loops["state_dict"], _LOADERS: loaders.loaded}
             trainer.fit_loop.load_state_dict(loops)
-            self._resumed_rng = read_rng()
+            if not loops["epoch_loop.batch_progress"]["is_last_batch"]:
+                self._resumed_rng = read_rng()
         elif self.checkpointer.next_step > 0:
             raise CheckpointError(f"{self.directory} holds checkpoint-{self.checkpointer.next_step - 1}: resume, or "
                                   f"choose another directory")  # fmt: skip
@@ -105,16 +110,22 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
     # --- saving ----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._resumed_rng is not None:  # making the data loaders' iterators has drawn random numbers
+        if self._resumed_rng is not None:  # drawn from when the iterators were made, which had been made before
             restore_rng(self._resumed_rng)
             self._resumed_rng = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The place in the loops is always one like here, for Lightning resumes from such places best; but what is due
+        with the last batch of an epoch waits until the schedulers that count epochs have stepped."""
+        self._place = trainer.fit_loop.state_dict()
         if self._every_n_steps is not None and trainer.global_step % self._every_n_steps == 0:
-            self._save(trainer)
+            if trainer.is_last_batch:
+                self._due = True
+            else:
+                self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._every_epoch:
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._due or self._every_epoch:
             self._save(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -123,10 +134,11 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
     def _save(self, trainer: Any) -> None:
         """Once a step: batches whose gradients are still being accumulated are in no optimizer yet."""
         step = trainer.global_step
-        if self.checkpointer is None or step < max(1, self.checkpointer.next_step):
+        if self.checkpointer is None or self._place is None or step < self.checkpointer.next_step:
             return
-        loops = trainer.fit_loop.state_dict()
-        loops["state_dict"] = {name: each for name, each in loops["state_dict"].items() if name != _LOADERS}
+        self._due = False
+        inner = {name: each for name, each in self._place["state_dict"].items() if name != _LOADERS}
+        loops = {**self._place, "state_dict": inner}
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         self.checkpointer.save(step, metrics=metrics, extra={_LOOPS: to_plain("loops", loops)})
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,20 +27,25 @@ from tests.tiny_llama import lora, peft_model
 
 
 class CpuFSDPStrategy(FSDPStrategy):
-    """Lightning refuses FSDPStrategy itself, by its name, without a GPU."""
+    """Lightning refuses FSDPStrategy itself, by its name, without a GPU; FSDP1 must be told that it is on the CPU."""
+
+    def _setup_model(self, model: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(self), "root_device", SimpleNamespace(index=torch.device("cpu"), type="cpu"))
+            return super()._setup_model(model)
 
 
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
     "fsdp1": lambda: CpuFSDPStrategy(auto_wrap_policy={LlamaDecoderLayer}, process_group_backend="gloo"),
-    "fsdp2": lambda: ModelParallelStrategy(process_group_backend="gloo"),
+    "fsdp2": lambda: ModelParallelStrategy(2, 1, process_group_backend="gloo"),
 }
 
 
 class Module(pl.LightningModule):
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, interval: str) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.interval = kind, interval
         self.model = peft_model(lora(lora_dropout=0.3))
         self.losses: list[tuple[int, float, float]] = []
         self.values: dict[int, Any] = {}
@@ -64,7 +71,7 @@ class Module(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return [optimizer], [{"scheduler": schedule, "interval": self.interval}]
 
 
 def loader(stateful: bool) -> Any:
@@ -74,9 +81,9 @@ def loader(stateful: bool) -> Any:
 
 
 def fit(kind: str, callback: Any, max_steps: int, *, stateful: bool = False) -> Module:
-    """Twelve steps are two epochs; every second batch is a step."""
+    """Six steps are two epochs; every second batch is a step."""
     pl.seed_everything(3 + rank(), verbose=False)
-    module = Module(kind)
+    module = Module(kind, "step" if stateful else "epoch")
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy=STRATEGIES[kind](), max_steps=max_steps, callbacks=[callback],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, logger=False,
@@ -105,17 +112,30 @@ def goes_on(folder: Path, kind: str, stop: int, stateful: bool) -> None:
 
 
 def a_checkpoint_in_the_way(folder: Path) -> None:
-    fit("ddp", AsyncCheckpoint(folder, every_n_steps=None, every_epoch=True), 3)
+    fit("ddp", AsyncCheckpoint(folder, every_n_steps=None), 3)
     assert latest(folder) == folder / "checkpoint-3"
     said = refusal(lambda: fit("ddp", AsyncCheckpoint(folder, resume=False), 6))
     assert "holds checkpoint-3" in said
 
 
+def every_epoch_when_it_is_over(folder: Path) -> None:
+    """With its own weights, and the learning rate of the next one."""
+    module = fit("ddp", AsyncCheckpoint(folder, every_n_steps=None, every_epoch=True), 6)
+    dist.barrier()
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    expected = reference(lora(lora_dropout=0.3), module.values[3])
+    if rank() == 0:
+        check_checkpoint(folder / "checkpoint-3", expected, 3)
+        state = json.loads((folder / "checkpoint-3" / "training_state" / "training_state.json").read_bytes())
+        assert state["scheduler"]["schedulers"][0]["_last_lr"] == [0.025]
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     "ddp-epoch": functools.partial(goes_on, kind="ddp", stop=3, stateful=False),
-    "ddp-middle": functools.partial(goes_on, kind="ddp", stop=4, stateful=True),
+    "ddp-middle": functools.partial(goes_on, kind="ddp", stop=2, stateful=True),
     "fsdp1": functools.partial(goes_on, kind="fsdp1", stop=3, stateful=False),
-    "fsdp2": functools.partial(goes_on, kind="fsdp2", stop=4, stateful=True),
+    "fsdp2": functools.partial(goes_on, kind="fsdp2", stop=2, stateful=True),
+    "every-epoch": every_epoch_when_it_is_over,
     "in-the-way": a_checkpoint_in_the_way,
 }
 
