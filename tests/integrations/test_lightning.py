@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from async_ckpt import latest
 from async_ckpt.integrations.lightning import AsyncCheckpoint
-from tests.integrations.trainers import data, trained_values
+from tests.integrations.trainers import data
 from tests.system.processes import run_cases
-from tests.system.training import check_checkpoint, rank, reference, refusal
+from tests.system.training import check_checkpoint, full_values, rank, reference, refusal
 from tests.tiny_llama import lora, peft_model
 
 
@@ -64,9 +64,11 @@ class Module(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.values[self.trainer.global_step] = trained_values(
-            self.model if self.kind != "fsdp1" else self.trainer.strategy.model
-        )
+        values = full_values(self.trainer.strategy.model if self.kind == "fsdp1" else self.model)
+        # Of a unit that holds frozen parameters as well, FSDP1 says that all are trained.
+        self.values[self.trainer.global_step] = {
+            name[name.index("base_model.") :]: value for name, value in values.items() if "lora" in name
+        }
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
