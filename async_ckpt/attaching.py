@@ -30,6 +30,7 @@ from .checkpointer import Checkpointer, Joined, Settings
 from .client import Client, SaverRestarted
 from .embedded import EmbeddedSaver
 from .mapped import Slot
+from .plain_model import Weights
 from .plan import Plan, Selection, plan_checkpoint
 from .staging import Staging
 from .topology import Topology, discover
@@ -53,6 +54,7 @@ def attach(
     saver: str | None = None,
     adapter_name: str | Sequence[str] = "default",
     max_shard_size: int | str = "50GB",
+    weights: Weights = "auto",
     slots: int = 2,
     when_busy: Literal["wait", "skip"] = "wait",
     staging: Literal["overlap", "sync"] = "overlap",
@@ -78,7 +80,8 @@ def attach(
     in /dev/shm. `when_busy`: what `save` does when all are. `staging`: "overlap" copies while training goes on, "sync"
     within `save`. `keep_last`, `keep_every`, `keep_best=("eval_loss", "min", 2)`: which checkpoints stay; by default
     all. `timeout_s`: how long any call waits for other ranks, for a slot, or for storage. `max_shard_size`: how a whole
-    model is split into files, as `save_pretrained` understands it.
+    model is split into files, as `save_pretrained` understands it. `weights`: "trainable" or "all" saves the parameters
+    of any module, of torchtitan's or your own, by their own names in `model.safetensors`.
 
     `verify_replicas`: hash what several ranks hold alike (under DDP everything) at each save, and fail the save, naming
     the tensor, if ranks have diverged; on CUDA the fence then waits on the host.
@@ -93,6 +96,8 @@ def attach(
     """
     path = Path(directory).expanduser().resolve()
     _check_arguments(slots, when_busy, staging, timeout_s)
+    if weights not in ("auto", "trainable", "all"):
+        raise CheckpointError(f"weights={weights!r}: give 'auto', 'trainable' or 'all'")
     policy = Policy(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
     if path in _attached:
         raise CheckpointError(f"{path} is attached already in this process: close() the earlier Checkpointer first")
@@ -108,7 +113,7 @@ def attach(
 
     def make_plan() -> Plan:
         parts = make_parts(optimizer, scheduler, scaler, stateful)
-        selection = Selection(names, max_shard_size)
+        selection = Selection(names, max_shard_size, weights)
         return plan_checkpoint(model, selection, parts, files, rank=topology.rank, world=topology.world)
 
     def join() -> Joined:

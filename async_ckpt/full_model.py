@@ -70,7 +70,7 @@ def _find_model(model: nn.Module) -> tuple[str, Any]:
         raise CheckpointError(
             f"the model is a {kind} and holds neither a PeftModel nor a transformers PreTrainedModel, so nothing says "
             "what its checkpoint should look like; attach a transformers model, or wrap the model with "
-            "peft.get_peft_model before FSDP or DDP"
+            "peft.get_peft_model before FSDP or DDP, or give weights='trainable' or weights='all'"
         )
     path, owner = found
     prefix = join(path, "")

@@ -21,6 +21,7 @@ from .contents import SAFETENSORS_DTYPE, Contents, joined
 from .files import own_files
 from .full_model import plan_full_model
 from .mapped import Part
+from .plain_model import Weights, plan_plain_model
 from .restore import Target
 from .sharding import Shard, find_shards
 from .training_state import TENSORS_FILE, Parts, TrainingState
@@ -63,10 +64,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which weights of a model are saved: the adapters of these names, or all, split as `max_shard_size` says."""
+    """Which weights of a model are saved. `weights` "auto": the adapters of these names, or, where there are none, all,
+    split as `max_shard_size` says; else parameters by their own names."""
 
     adapter_names: tuple[str, ...]
     max_shard_size: int | str
+    weights: Weights = "auto"
 
 
 def plan_checkpoint(
@@ -101,6 +104,8 @@ def plan_checkpoint(
 
 
 def _plan_weights(model: torch.nn.Module, selection: Selection, *, documents: bool) -> Contents:
+    if selection.weights != "auto":
+        return plan_plain_model(model, selection.weights)
     if holds_adapters(model) or selection.adapter_names != (DEFAULT_ADAPTER,):
         names = selection.adapter_names
         return joined([plan_adapter(model, name, documents=documents).contents for name in names])
