@@ -7,17 +7,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from peft import PeftModel
+
+from async_ckpt.attaching import attach
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import MANIFEST_NAME, parse_step
-
-try:
-    import torch
-    from peft import PeftModel
-
-    from async_ckpt.attaching import attach
-    from async_ckpt.plan import DEFAULT_ADAPTER
-except ImportError as _error:
-    raise ImportError(f"async_ckpt.integrations: {_error}; pip install 'async-ckpt[train]'") from _error
+from async_ckpt.plan import DEFAULT_ADAPTER
 
 _EXPORT = ".async-ckpt-export"
 

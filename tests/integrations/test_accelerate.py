@@ -90,12 +90,16 @@ def goes_on_bit_by_bit(folder: Path, kind: str) -> None:
 CASES: dict[str, Callable[[Path], None]] = {kind: functools.partial(goes_on_bit_by_bit, kind=kind) for kind in KINDS}
 
 
+FULL = {"ddp"}
+SCENARIOS = [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for name in CASES]
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("scenario", CASES)
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_accelerate(scenario: str, selected: set[Any], folder: Path, results: dict[str, str]) -> None:
     if not results:
         results.update(run_cases(__name__, [name for name in CASES if name in selected], 2, folder))

@@ -14,9 +14,7 @@ from tests.system.processes import environment
 @pytest.mark.parametrize(
     ("module", "missing", "extra"),
     [
-        ("transformers", "transformers", "train"),  # needed by every integration
         ("transformers", "transformers.trainer_utils", "transformers"),
-        ("lightning", "lightning", "lightning"),
         ("llama_cookbook", "llama_cookbook", "llama_cookbook"),
         ("lightning", "torch", "train"),
     ],

@@ -35,7 +35,7 @@ def make(folder: Path, kind: type[SFTTrainer], name: str, callbacks: Any = (), *
     )  # fmt: skip
     return kind(
         str(folder / "model"), arguments, train_dataset=Dataset.from_list(texts), peft_config=lora(lora_dropout=0.3),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model", pad_token="a"), callbacks=list(callbacks),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model", pad_token="a", eos_token="b"), callbacks=list(callbacks),
     )  # fmt: skip
 
 
@@ -70,12 +70,16 @@ CASES: dict[str, Callable[[Path], None]] = {
 }
 
 
+FULL = {"ddp"}
+SCENARIOS = [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for name in CASES]
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("scenario", CASES)
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_sft(scenario: str, selected: set[Any], folder: Path, results: dict[str, str]) -> None:
     if not results:
         results.update(run_cases(__name__, [name for name in CASES if name in selected], 2, folder))

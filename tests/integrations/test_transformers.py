@@ -239,12 +239,16 @@ CASES: dict[str, Callable[[Path], None]] = {
 }
 
 
+FULL = {"best-ddp", "best-fsdp1", "final-ddp", "final-fsdp2", "one-kept"}
+SCENARIOS = [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for name in CASES]
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("scenario", CASES)
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_trainer(scenario: str, selected: set[Any], folder: Path, results: dict[str, str]) -> None:
     if not results:
         results.update(run_cases(__name__, [name for name in CASES if name in selected], 2, folder))
