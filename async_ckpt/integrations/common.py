@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 from peft import PeftModel
 
 from async_ckpt.attaching import attach
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import MANIFEST_NAME, parse_step
+from async_ckpt.core.slots import SHM, RunRecord, SlotPaths, StateFile
 from async_ckpt.plan import DEFAULT_ADAPTER
 
+_COMMIT_S = 10.0
+_POLL_S = 0.01
 _EXPORT = ".async-ckpt-export"
 
 
@@ -47,6 +54,27 @@ def check_start(directory: str | Path, step: int, advice: str) -> None:
             f"{directory} already holds checkpoint-{newest}, but this training begins after step {step}: {advice}; or "
             f"choose another directory, or move the later checkpoints away"
         )
+
+
+def wait_for_staged(directory: str | Path) -> None:
+    """Return when nothing that the ranks of a killed run had staged for `directory` waits to be committed: only then is
+    the newest checkpoint the one to go on from. Gives up after 10 s, for a saver may be gone; attach starts another."""
+    deadline_s = time.monotonic() + _COMMIT_S
+    while _awaits_commit(str(Path(directory).expanduser().resolve())) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
+
+
+def _awaits_commit(directory: str) -> bool:
+    for journal in SHM.glob(f"async-ckpt-{os.getuid()}/*/run.msgpack"):
+        with contextlib.suppress(OSError, ValueError, CheckpointError):  # the run may end while we look
+            options = msgspec.msgpack.decode(journal.read_bytes(), type=RunRecord).options
+            if options.directory == directory:
+                for index in range(options.slots):
+                    with contextlib.closing(StateFile(SlotPaths(journal.parent, index).state)) as state:
+                        step = state.complete_step()
+                        if step is not None and step > state.settled_step:
+                            return True
+    return False
 
 
 def files_written(write: Callable[[Path], object]) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from async_ckpt.checkpointer import Checkpointer
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.rng import read_rng, restore_rng
 
-from .common import adapter_names, check_start, export, is_ours, missing
+from .common import adapter_names, check_start, export, is_ours, missing, wait_for_staged
 from .trainer_callback import AsyncCheckpointCallback
 from .trainer_common import ADVICE, logged_metrics, restore_at, rotate, settle, tokenizer_files, trainer_state_kept
 
@@ -56,7 +56,7 @@ class AsyncCheckpointMixin:
 
     `checkpoint_options`: more arguments of `async_ckpt.attach`, as in `{"when_busy": "skip"}`. `wait_on_save`: True if
     callbacks read the folder in `on_save`, which otherwise is called before it is there. `checkpointer`: while `train`
-    runs, for its `stats()`.
+    runs, for its `stats()`. `last_save`: the handle of the newest save.
 
     `train` raises CheckpointError before the first step if the model or the optimizer cannot be saved, or if
     `output_dir` holds later checkpoints than the one it begins at.
@@ -65,6 +65,7 @@ class AsyncCheckpointMixin:
     checkpoint_options: ClassVar[Mapping[str, Any]] = {}
     wait_on_save: bool = False
     checkpointer: Checkpointer | None = None
+    last_save: SaveHandle | None = None
 
     # Trainer's own, as far as they are used here.
     accelerator: Any
@@ -89,6 +90,13 @@ class AsyncCheckpointMixin:
     _resumed_rng: Mapping[str, Any] | None = None
 
     # --- the span of one training loop -----------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **more: Any) -> Any:
+        """Trainer's own, which is what the user calls."""
+        parent: Any = super()
+        if resume_from_checkpoint is True:
+            wait_for_staged(self.args.output_dir)
+        return parent.train(resume_from_checkpoint, *arguments, **more)
 
     def _inner_training_loop(self, batch_size: int | None = None, **arguments: Any) -> Any:
         parent: Any = super()
@@ -155,7 +163,7 @@ class AsyncCheckpointMixin:
                 parent._save_checkpoint(model, trial)
         finally:
             self._saving = False
-        handle = ckpt.save(self.state.global_step, metrics=logged_metrics(self.state), files=files)
+        handle = self.last_save = ckpt.save(self.state.global_step, metrics=logged_metrics(self.state), files=files)
         if self.wait_on_save:
             _arrived(handle)
         if self._push_wanted and _arrived(handle):

@@ -33,9 +33,10 @@ def make(folder: Path, kind: type[SFTTrainer], name: str, callbacks: Any = (), *
         str(folder / name), max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=0.01, seed=3,
         logging_steps=1, report_to="none", disable_tqdm=True, max_length=16, bf16=False, **wrapped,
     )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model", pad_token="a", eos_token="b")
     return kind(
         str(folder / "model"), arguments, train_dataset=Dataset.from_list(texts), peft_config=lora(lora_dropout=0.3),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model", pad_token="a", eos_token="b"), callbacks=list(callbacks),
+        processing_class=tokenizer, callbacks=list(callbacks),
     )  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from transformers import Trainer, TrainerCallback
 import async_ckpt
 from async_ckpt.integrations.transformers import AsyncCheckpointCallback, AsyncCheckpointMixin
 from tests.integrations.trainers import KINDS, Watch, logged, make_trainer, trained_values, wrapping
-from tests.system.processes import run_cases, the_saver
-from tests.system.training import check_checkpoint, kept, rank, reference, refusal
+from tests.system.processes import Job, run_cases, the_saver
+from tests.system.training import check_checkpoint, kept, rank, reached, reference, refusal, sleep_until_killed
 from tests.tiny_llama import base_model, difference, lora
 
 
@@ -223,6 +223,55 @@ def the_callback_says_what_it_cannot_do(folder: Path) -> None:
         said = refusal(trainer.train)
         assert name in said
         assert "AsyncCheckpointMixin" in said
+
+
+class StopsTheSaver(TrainerCallback):  # type: ignore[misc]
+    """After the first checkpoint; the second is staged then, and waits."""
+
+    trainer: Any
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        if state.global_step == 3:
+            self.trainer.last_save.wait()
+            dist.barrier()  # every rank has heard of it
+            if rank() == 0:
+                os.kill(the_saver(self._folder), signal.SIGSTOP)
+
+    def on_save(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        if state.global_step == 4:
+            self.trainer.last_save.staged()
+            reached(self._folder, "staged")
+            sleep_until_killed()
+
+
+def until_it_is_killed(folder: str) -> None:
+    stops = StopsTheSaver(Path(folder))
+    stops.trainer = make_trainer(Path(folder), callbacks=[stops], use_cpu=True)
+    stops.trainer.train()
+
+
+def resumed_at_once(folder: str) -> None:
+    trainer = make_trainer(Path(folder), use_cpu=True)
+    reached(folder, "resuming")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.args.world_size == 2
+    assert trainer._initial_global_step == 4
+
+
+def test_what_was_staged_when_all_ranks_died_is_resumed_from(folder: Path) -> None:
+    with Job(f"{__name__}:until_it_is_killed", 2, folder) as job:
+        job.reach("staged")
+        job.kill()
+    assert names(folder) == ["checkpoint-2"]
+    saver = the_saver(folder)
+    with Job(f"{__name__}:resumed_at_once", 2, folder) as job:
+        job.reach("resuming")
+        os.kill(saver, signal.SIGCONT)
+        job.wait()
+    assert names(folder) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
 CASES: dict[str, Callable[[Path], None]] = {
