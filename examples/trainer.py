@@ -14,7 +14,7 @@ import sys
 import torch
 from peft import LoraConfig, get_peft_model
 from prepare_model import MODEL
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 import async_ckpt
 from async_ckpt.integrations.transformers import AsyncCheckpointMixin
@@ -51,6 +51,7 @@ def main() -> None:
         model,
         arguments,
         train_dataset=[{"input_ids": window, "labels": window} for window in windows],
+        data_collator=default_data_collator,
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=async_ckpt.latest(directory) is not None)

@@ -48,7 +48,12 @@ def tokenizer_files(trainer: Any) -> dict[str, bytes]:
 def logged_metrics(state: Any) -> dict[str, float]:
     """What was logged at this step: loss, learning rate, evaluation."""
     now = [entry for entry in state.log_history if entry.get("step") == state.global_step]
-    return {name: value for entry in now for name, value in entry.items() if isinstance(value, int | float)}
+    return {
+        name: value
+        for entry in now
+        for name, value in entry.items()
+        if isinstance(value, int | float) and name != "step"
+    }
 
 
 def restore_at(ckpt: Checkpointer, checkpoint: str | Path) -> None:
