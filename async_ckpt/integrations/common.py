@@ -92,12 +92,15 @@ def export(model: torch.nn.Module, directory: str | Path, *, rank: int) -> None:
     durable. Raises CheckpointError if that cannot be done; then `directory` is as it was.
     """
     hidden = Path(directory) / _EXPORT
-    with attach(model, directory=hidden, slots=1, adapter_name=adapter_names(model)) as ckpt:
-        path = ckpt.save(ckpt.next_step).wait()
-    if rank == 0:
-        for source in sorted(path.rglob("*")):
-            if source.is_file() and source.name != MANIFEST_NAME:
-                target = Path(directory) / source.relative_to(path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source.replace(target)
-        shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        with attach(model, directory=hidden, slots=1, adapter_name=adapter_names(model)) as ckpt:
+            path = ckpt.save(ckpt.next_step).wait()
+        if rank == 0:
+            for source in sorted(path.rglob("*")):
+                if source.is_file() and source.name != MANIFEST_NAME:
+                    target = Path(directory) / source.relative_to(path)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    source.replace(target)
+    finally:
+        if rank == 0:
+            shutil.rmtree(hidden, ignore_errors=True)

@@ -61,7 +61,7 @@ class AsyncCheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self._resumed_rng = None
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.global_step > 0 and is_ours(checkpoint):
-            restore_at(self.checkpointer, checkpoint)
+            restore_at(self.checkpointer, checkpoint, args.output_dir)
             self._resumed_rng = read_rng()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:

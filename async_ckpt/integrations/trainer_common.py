@@ -56,11 +56,12 @@ def logged_metrics(state: Any) -> dict[str, float]:
     }
 
 
-def restore_at(ckpt: Checkpointer, checkpoint: str | Path) -> None:
-    """The newest one is asked for as such: it may still lie in RAM."""
-    path = Path(checkpoint)
-    newest = latest(path.parent)
-    ckpt.restore("latest" if newest is not None and newest.name == path.name else path)
+def restore_at(ckpt: Checkpointer, checkpoint: str | Path, directory: str | Path) -> None:
+    """`ckpt` is attached to `directory`. The newest checkpoint there is asked for as such, since it may still
+    lie in RAM."""
+    path = Path(checkpoint).resolve()
+    newest = latest(Path(directory).resolve())
+    ckpt.restore("latest" if newest == path else path)
 
 
 def settle(ckpt: Checkpointer) -> None:

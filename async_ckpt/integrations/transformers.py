@@ -157,6 +157,8 @@ class AsyncCheckpointMixin:
         """Trainer's own runs with every writer below turned off; what it leaves is what our commit takes along."""
         parent: Any = super()
         ckpt = self._attached()
+        if ckpt.next_step > self.state.global_step:
+            return  # a callback asked for it once more at the end of an epoch: nothing was trained since
         self._saving, self._push_wanted = True, False
         try:
             with trainer_state_kept(self.state) as files:
@@ -167,7 +169,7 @@ class AsyncCheckpointMixin:
         if self.wait_on_save:
             _arrived(handle)
         if self._push_wanted and _arrived(handle):
-            parent._push_from_checkpoint(_folder(self, trial))
+            self._push_from_checkpoint(_folder(self, trial))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         parent: Any = super()
@@ -220,7 +222,7 @@ class AsyncCheckpointMixin:
         if checkpoint is None or not is_ours(checkpoint):
             parent._load_optimizer_and_scheduler(checkpoint)
             return
-        restore_at(self._attached(), checkpoint)
+        restore_at(self._attached(), checkpoint, self._get_output_dir(self._trial))
         self._resumed_rng = read_rng()
 
     def _load_scaler(self, checkpoint: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,29 @@ def later_checkpoints_are_in_the_way(folder: Path) -> None:
     assert "begins after step 4" in said
 
 
+class SavesTwice(TrainerCallback):  # type: ignore[misc]
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        control.should_save = True
+
+
+def from_another_folder(folder: Path) -> None:
+    """Both folders have a checkpoint-4 as their newest one; saved twice at the end, which is asked for twice."""
+    make_trainer(folder / "other", callbacks=[Watch(stop_after=4)], use_cpu=True, learning_rate=0.01).train()
+    make_trainer(folder / "run", callbacks=[Watch(stop_after=4)], use_cpu=True).train()
+    dist.barrier()
+    losses = []
+    for run in ("other", "run"):
+        again = make_trainer(folder / "run", callbacks=[SavesTwice()], use_cpu=True, learning_rate=0.01)
+        again.train(resume_from_checkpoint=str(folder / run / "checkpoint-4"))
+        losses.append(logged(again)[4:])
+        dist.barrier()
+        if rank() == 0:
+            shutil.rmtree(folder / "run" / "checkpoint-6")
+        dist.barrier()
+    assert len(losses[0]) == 2
+    assert losses[0] != losses[1]
+
+
 def goes_on_from_what_trainer_wrote(folder: Path) -> None:
     """Whoever changes over in the middle of a run loses nothing."""
     whole = make_trainer(folder / "whole", Trainer, use_cpu=True)
@@ -281,6 +305,7 @@ CASES: dict[str, Callable[[Path], None]] = {
     "one-kept": one_is_kept,
     "push": a_push_finds_the_whole_folder,
     "in-the-way": later_checkpoints_are_in_the_way,
+    "other-folder": from_another_folder,
     "change-over": goes_on_from_what_trainer_wrote,
     "failed-save": a_failed_save_ends_nothing,
     "callback": the_callback_resumes,
