@@ -97,9 +97,9 @@ def fit(kind: str, callback: Any, max_steps: int, *, stateful: bool = False) -> 
 
 
 def goes_on(folder: Path, kind: str, stop: int, stateful: bool) -> None:
-    whole = fit(kind, AsyncCheckpoint(folder / "whole", every_n_steps=2), 6, stateful=stateful)
-    part = fit(kind, AsyncCheckpoint(folder / "parts", every_n_steps=2), stop, stateful=stateful)
-    callback = AsyncCheckpoint(folder / "parts", every_n_steps=2)
+    whole = fit(kind, AsyncCheckpoint(folder / "whole", every_n_steps=stop), 6, stateful=stateful)
+    part = fit(kind, AsyncCheckpoint(folder / "parts", every_n_steps=stop), stop, stateful=stateful)
+    callback = AsyncCheckpoint(folder / "parts", every_n_steps=stop)
     again = fit(kind, callback, 6, stateful=stateful)
     assert callback.checkpointer is None
     assert len(whole.losses) == 12
