@@ -1,0 +1,3 @@
+from typing import Any
+def gpu_section(subject: Any) -> None:
+    return None
