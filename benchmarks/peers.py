@@ -24,7 +24,6 @@ class _Peer:
 
     def setup(self, subject: Subject, folder: Path) -> None:
         self.subject = subject
-        self.state = subject.state()
 
     def fence(self) -> None:
         """By default `save` has copied everything."""
@@ -44,7 +43,7 @@ class Gather(_Peer):
 
     def save(self, target: Path) -> None:
         gathered = {}
-        for name, parameter in self.state.items():
+        for name, parameter in self.subject.state().items():
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             if dist.get_rank() == 0:
                 gathered[name] = whole
@@ -67,7 +66,7 @@ class DcpSave(_Peer):
     title = "dcp.save"
 
     def save(self, target: Path) -> None:
-        dcp.save(self.state, checkpoint_id=str(target))
+        dcp.save(self.subject.state(), checkpoint_id=str(target))
 
     def wait(self) -> None:
         """`save` is synchronous."""
@@ -85,7 +84,7 @@ class DcpAsync(_Peer):
         self.future: Future[Any] | None = None
 
     def save(self, target: Path) -> None:
-        self.future = dcp.async_save(self.state, checkpoint_id=str(target), process_group=self.group)
+        self.future = dcp.async_save(self.subject.state(), checkpoint_id=str(target), process_group=self.group)
 
     def wait(self) -> None:
         assert self.future is not None
@@ -97,7 +96,7 @@ class DcpProcess(DcpAsync):
 
     def save(self, target: Path) -> None:
         self.future = dcp.async_save(
-            self.state,
+            self.subject.state(),
             checkpoint_id=str(target),
             process_group=self.group,
             async_checkpointer_type=AsyncCheckpointerType.PROCESS,
@@ -118,7 +117,7 @@ class DcpAsyncStaging(DcpAsync):
 
     def save(self, target: Path) -> None:
         self.response = dcp.async_save(
-            self.state, checkpoint_id=str(target), process_group=self.group, async_stager=self.stager
+            self.subject.state(), checkpoint_id=str(target), process_group=self.group, async_stager=self.stager
         )
 
     def fence(self) -> None:
@@ -136,7 +135,7 @@ class DcpHuggingFace(DcpAsync):
 
     def save(self, target: Path) -> None:
         writer = HuggingFaceStorageWriter(str(target), save_distributed=True, enable_consolidation=True)
-        self.future = dcp.async_save(self.state, storage_writer=writer, process_group=self.group)
+        self.future = dcp.async_save(self.subject.state(), storage_writer=writer, process_group=self.group)
 
 
 class TorchCheckpointing(_Peer):
@@ -164,7 +163,7 @@ class TorchCheckpointing(_Peer):
         self.future: Any = None
 
     def save(self, target: Path) -> None:
-        self.future = self.manager.save(str(target), {"model": self.state})
+        self.future = self.manager.save(str(target), {"model": self.subject.state()})
 
     def fence(self) -> None:
         with self.manager.lock():

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,10 +265,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--ways", type=lambda text: tuple(text.split(",")), help="only these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     shape = shapes(quick=arguments.quick)[arguments.shape]
+    if arguments.ways:
+        shape = replace(shape, ways=arguments.ways)
     result = Bench(shape, arguments.folder, quick=arguments.quick).run()
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, result)
