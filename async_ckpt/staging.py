@@ -49,7 +49,8 @@ class Copy:
         # not be freed before: the allocator knows nothing of the side stream.
         self.device_events: list[tuple[torch.device, Any]] = []
         self.held: list[Batch] = []
-        self.host: Batch | None = None  # what the staging thread copies; None: it finds that out itself
+        self.host: Batch | None = None  # what the staging thread copies; None: `views`, and what it finds out itself
+        self.views: list[torch.Tensor] = []  # of the tensors that `_where` follows, as they lay when `save` was called
 
 
 Batch = tuple[list[torch.Tensor], list[torch.Tensor]]  # targets and sources, in parallel
@@ -78,6 +79,11 @@ class Staging:
         self._buffers = [index for index, part in enumerate(parts) if part.shard.is_buffer]
         self._others = [index for index, part in enumerate(parts) if not part.shard.is_buffer]
         self._shards = [part.shard for part in parts]
+        self._followed = [index for index in self._others if self._shards[index].pointer() is not None]
+        self._unfollowed = [index for index in self._others if self._shards[index].pointer() is None]
+        self._pointers = [self._shards[index].pointer() for index in self._followed]
+        self._views = [self._shards[index].local() for index in self._followed]
+        self._looking = threading.Lock()
         self._overlap = overlap
         self._replicated = replicated
         self._in_flight: list[Copy] = []
@@ -105,6 +111,8 @@ class Staging:
         self._in_flight = [earlier for earlier in self._in_flight if not earlier.copied.is_set()]
         buffers = self._batch(slot, self._buffers)
         others = None if self._thread_may_look() else self._batch(slot, self._others)
+        if others is None:
+            copy.views = self._where()
         slot.state.mark(self._rank, Phase.WRITING, step)
         host = self._start_on_devices(copy, buffers, before_return=True)
         _foreach_copy(host, non_blocking=False)
@@ -148,6 +156,24 @@ class Staging:
         if not self._settled:
             self._settled = not self._streams and all(shard.is_settled for shard in self._shards)
         return self._settled
+
+    def _where(self) -> list[torch.Tensor]:
+        """Views of the parameters' storage as it is now. They keep it alive, so that a copy reads what `save` saw even
+        if `p.data = ...` or `model.to` has moved the parameter since."""
+        pointers = [self._shards[index].pointer() for index in self._followed]
+        if pointers != self._pointers:
+            with self._looking:
+                self._views = [self._shards[index].local() for index in self._followed]
+            self._pointers = pointers
+        return self._views
+
+    def _found(self, copy: Copy) -> Batch:
+        """In the staging thread. Raises CheckpointError if a parameter was replaced or converted."""
+        with self._looking:
+            for index in self._followed:
+                self._shards[index].local()
+        targets, sources = self._batch(copy.slot, self._unfollowed)
+        return [*(copy.slot.targets[index] for index in self._followed), *targets], [*copy.views, *sources]
 
     def _start_on_devices(self, copy: Copy, batch: Batch, *, before_return: bool) -> Batch:
         """Queue what lies on a device; returns the rest. `before_return`: what the caller queues next waits for it."""
@@ -211,7 +237,8 @@ class Staging:
         copy.on_done(copy)
 
     def _finish(self, copy: Copy) -> None:
-        host = self._batch(copy.slot, self._others) if copy.host is None else copy.host
+        host = self._found(copy) if copy.host is None else copy.host
+        copy.views = []
         _foreach_copy(host, non_blocking=False)
         if not self._replicated:  # else they are read once more below
             copy.copied.set()

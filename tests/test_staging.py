@@ -140,7 +140,7 @@ def blocker(rig: Rig, held: threading.Event) -> Copy:
         assert held.wait(30)
 
     copy = Copy(rig.slots[1], 1, wait, lambda copy: None)
-    copy.batch = ([], [])
+    copy.host = ([], [])
     return copy
 
 
@@ -165,6 +165,23 @@ def test_the_fence_waits_for_the_copy_and_the_cell_says_writing_until_then(run: 
     thread.join(10)
     assert fenced.is_set()
     assert rig.slots[0].state.complete_step() == 5
+    rig.staging.close()
+
+
+def test_a_parameter_moved_before_the_thread_has_looked_is_saved_as_it_was(run: Path) -> None:
+    rig = Rig(run, overlap=True)
+    for number in (1.0, 2.0):  # at first, and once it lies elsewhere than when attached
+        held = threading.Event()
+        rig.staging._tasks.put(blocker(rig, held))
+        weight = rig.model[0].weight
+        weight.data = torch.full_like(weight, number)
+        copy = rig.staging.begin(rig.slots[0], int(number), lambda: None, lambda copy: None)
+        weight.data = torch.full_like(weight, 9.0)
+        held.set()
+        assert copy.done.wait(10)
+        assert copy.error is None
+        extent = next(extent for extent in rig.layout.extents if extent.spec.name == "0.weight")
+        assert set(memoryview(rig.written(0)[extent.start : extent.stop]).cast("f")) == {number}
     rig.staging.close()
 
 

@@ -58,6 +58,9 @@ class DTensorShard(Shard):
     def state_view(self, state: torch.Tensor) -> torch.Tensor:
         return state._local_tensor.detach() if isinstance(state, DTensor) else state.detach()
 
+    def pointer(self) -> int:
+        return int(self._parameter._local_tensor.data_ptr())
+
     def local(self) -> torch.Tensor:
         parameter = self._parameter
         registered = self._module._parameters.get(self._attribute)

@@ -86,6 +86,9 @@ class FlatShard(Shard):
             flat = flat[self._start : self._start + self._numel]
         return flat.view(self.region.sizes)
 
+    def pointer(self) -> int:
+        return _sharded(self._flat).data_ptr()
+
     def local(self) -> torch.Tensor:
         flat = self._flat
         registered = self._module._parameters.get(self._attribute)

@@ -38,6 +38,9 @@ class ReplicatedShard(Shard):
     def parameter(self) -> torch.Tensor:
         return self._parameter
 
+    def pointer(self) -> int:
+        return self._parameter.data_ptr()
+
     def local(self) -> torch.Tensor:
         parameter = self._parameter
         if self._module._parameters.get(self._attribute) is not parameter:
@@ -45,7 +48,7 @@ class ReplicatedShard(Shard):
         # The dtype is compared each time: an empty tensor's address says nothing.
         if self._view is None or parameter.data_ptr() != self._pointer or parameter.dtype is not self.dtype:
             self._view = checked_view(self, parameter)
-            self._pointer = parameter.data_ptr()
+            self._pointer = self._view.data_ptr()  # not the parameter's: it may move while another thread is here
         return self._view
 
 

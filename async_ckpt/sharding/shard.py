@@ -34,6 +34,10 @@ class Shard(ABC):
         Valid until the next optimizer step. Raises CheckpointError if the parameter was replaced since attach.
         """
 
+    def pointer(self) -> int | None:
+        """Changes when the storage behind `local()` does, and costs much less; None if only `local()` can tell."""
+        return None
+
     @property
     def identity(self) -> Hashable:
         """Equal for the names of one tied tensor, different for different tensors. It says so within one process."""
