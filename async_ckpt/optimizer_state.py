@@ -23,8 +23,8 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.region import Region
 
 from .plain import from_plain, to_plain
-from .sharding import Shard
-from .sharding.dtensor import replicated_local, replicated_zeros
+from .sharding import Shard, Watch
+from .sharding.dtensor import replicated_local, replicated_zeros, storage_attribute
 
 _PROBE_SIZES = (3, 5, 7, 11, 13)  # no two dimensions alike, so that a transposed or factored state is not mistaken
 
@@ -78,6 +78,23 @@ class StateShard(Shard):
     @property
     def is_settled(self) -> bool:
         return self.source.is_settled
+
+    @property
+    def is_state(self) -> bool:
+        return True
+
+    def watch(self) -> Watch | None:
+        parameter, states = self.source.parameter, self.optimizer.state
+        state = states.get(parameter) if parameter is not None else None
+        value = None if state is None else state.get(self.key)
+        if state is None or not isinstance(value, torch.Tensor):
+            return None
+        held: tuple[tuple[dict[Any, Any], Hashable, object], ...] = (
+            (vars(self.optimizer), "state", states),
+            (states, parameter, state),
+            (state, self.key, value),
+        )
+        return Watch(value, storage_attribute(value), held)
 
     def local(self) -> torch.Tensor:
         parameter = self.source.parameter

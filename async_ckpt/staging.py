@@ -22,7 +22,10 @@ import xxhash
 from async_ckpt.core.protocol import SaveRecord
 from async_ckpt.core.slots import Phase
 
+from .batch import Batch, Prepared
+from .lookup import Lookup
 from .mapped import Part, Slot
+from .sharding import Shard
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +52,29 @@ class Copy:
         # not be freed before: the allocator knows nothing of the side stream.
         self.device_events: list[tuple[torch.device, Any]] = []
         self.held: list[Batch] = []
-        self.host: Batch | None = None  # what the staging thread copies; None: `views`, and what it finds out itself
-        self.views: list[torch.Tensor] = []  # of the tensors that `_where` follows, as they lay when `save` was called
+        self.host: Batch | None = None  # what the staging thread copies; None: `views`, and the optimizer's state
+        self.views: list[torch.Tensor] = []  # of the parameters, as they lay when `save` was called
 
 
-Batch = tuple[list[torch.Tensor], list[torch.Tensor]]  # targets and sources, in parallel
+class _Group:
+    """Parts whose shards are looked up together, and what was prepared for them as long as nothing moves."""
+
+    def __init__(self, indices: Sequence[int], shards: Sequence[Shard]) -> None:
+        self.lookup = Lookup([shards[index] for index in indices])
+        self._indices = indices
+        self._prepared: dict[int, tuple[list[torch.Tensor], Prepared]] = {}
+
+    def prepared(self, slot: Slot, views: list[torch.Tensor]) -> Prepared:
+        """The copy of `views`, as `lookup` gave them, into `slot`."""
+        known = self._prepared.get(slot.index)
+        if known is None or known[0] is not views:
+            known = views, Prepared.of([slot.targets[index] for index in self._indices], views)
+            self._prepared[slot.index] = known
+        return known[1]
+
+    def forget(self) -> None:
+        """Let go of the slots' memory."""
+        self._prepared.clear()
 
 
 class Staging:
@@ -77,13 +98,10 @@ class Staging:
         self.slots = slots
         self._rank = rank
         self._buffers = [index for index, part in enumerate(parts) if part.shard.is_buffer]
-        self._others = [index for index, part in enumerate(parts) if not part.shard.is_buffer]
         self._shards = [part.shard for part in parts]
-        self._followed = [index for index in self._others if self._shards[index].pointer() is not None]
-        self._unfollowed = [index for index in self._others if self._shards[index].pointer() is None]
-        self._pointers = [self._shards[index].pointer() for index in self._followed]
-        self._views = [self._shards[index].local() for index in self._followed]
-        self._looking = threading.Lock()
+        others = [index for index, part in enumerate(parts) if not part.shard.is_buffer]
+        self._parameters = _Group([i for i in others if not self._shards[i].is_state], self._shards)
+        self._states = _Group([i for i in others if self._shards[i].is_state], self._shards)
         self._overlap = overlap
         self._replicated = replicated
         self._in_flight: list[Copy] = []
@@ -110,15 +128,17 @@ class Staging:
         copy = Copy(slot, step, make_record, on_done)
         self._in_flight = [earlier for earlier in self._in_flight if not earlier.copied.is_set()]
         buffers = self._batch(slot, self._buffers)
-        others = None if self._thread_may_look() else self._batch(slot, self._others)
-        if others is None:
-            copy.views = self._where()
+        if self._thread_may_check():
+            # As they lie now, though the thread has not begun: what moves afterwards is saved as it was.
+            copy.views, others = self._parameters.lookup.views(), None
+        else:
+            others = self._checked(slot, self._parameters.lookup.views())
         slot.state.mark(self._rank, Phase.WRITING, step)
-        host = self._start_on_devices(copy, buffers, before_return=True)
+        host = self._start_on_devices(copy, Prepared.of(*buffers), before_return=True)
         _foreach_copy(host, non_blocking=False)
         if others is not None:
             copy.host = self._start_on_devices(copy, others, before_return=False)
-            if sum(source.nbytes for source in copy.host[1]) <= _SMALL_BYTES:
+            if others.host_bytes <= _SMALL_BYTES:
                 # Such as AdamW's step counts: copied now, so that the fence need not hold up the host.
                 _foreach_copy(copy.host, non_blocking=False)
                 copy.host = ([], [])
@@ -147,8 +167,8 @@ class Staging:
     def _batch(self, slot: Slot, indices: Sequence[int]) -> Batch:
         return [slot.targets[index] for index in indices], [self._shards[index].local() for index in indices]
 
-    def _thread_may_look(self) -> bool:
-        """Whether the staging thread may ask the shards where they lie: a call a tensor that `save` need not pay for.
+    def _thread_may_check(self) -> bool:
+        """Whether the staging thread may ask the shards whether they are still what they were.
 
         Not on CUDA, where the copy must be queued behind the caller's work, and not before the first forward of FSDP1,
         which moves its shards then.
@@ -157,41 +177,23 @@ class Staging:
             self._settled = not self._streams and all(shard.is_settled for shard in self._shards)
         return self._settled
 
-    def _where(self) -> list[torch.Tensor]:
-        """Views of the parameters' storage as it is now. They keep it alive, so that a copy reads what `save` saw even
-        if `p.data = ...` or `model.to` has moved the parameter since."""
-        pointers = [self._shards[index].pointer() for index in self._followed]
-        if pointers != self._pointers:
-            with self._looking:
-                self._views = [self._shards[index].local() for index in self._followed]
-            self._pointers = pointers
-        return self._views
+    def _checked(self, slot: Slot, parameters: list[torch.Tensor]) -> Prepared:
+        """What is copied into `slot`: these views of the parameters, and the optimizer's state as it is now. Raises
+        CheckpointError if a parameter was replaced or converted."""
+        self._parameters.lookup.check()
+        self._states.lookup.check()
+        states = self._states.lookup.views()
+        return self._parameters.prepared(slot, parameters) + self._states.prepared(slot, states)
 
-    def _found(self, copy: Copy) -> Batch:
-        """In the staging thread. Raises CheckpointError if a parameter was replaced or converted."""
-        with self._looking:
-            for index in self._followed:
-                self._shards[index].local()
-        targets, sources = self._batch(copy.slot, self._unfollowed)
-        return [*(copy.slot.targets[index] for index in self._followed), *targets], [*copy.views, *sources]
-
-    def _start_on_devices(self, copy: Copy, batch: Batch, *, before_return: bool) -> Batch:
+    def _start_on_devices(self, copy: Copy, prepared: Prepared, *, before_return: bool) -> Batch:
         """Queue what lies on a device; returns the rest. `before_return`: what the caller queues next waits for it."""
-        if not self._streams:
-            return batch
-        host: Batch = ([], [])
-        devices: dict[torch.device, Batch] = {}
-        for target, source in zip(*batch, strict=True):
-            on = devices.setdefault(source.device, ([], [])) if source.is_cuda else host
-            on[0].append(target)
-            on[1].append(source)
-        for device, part in devices.items():
+        for device, part in prepared.devices.items():
             event = self._copy_on_stream(device, part)
             copy.device_events.append((device, event))
             copy.held.append(part)
             if before_return:
                 torch.cuda.current_stream(device).wait_event(event)
-        return host
+        return prepared.host
 
     def after_copies(self, work: Callable[[], None]) -> None:
         """Run `work` in the staging thread when every copy begun so far has ended: reports must keep their order."""
@@ -205,6 +207,8 @@ class Staging:
         if self._thread.is_alive():
             log.warning("a copy did not end within %s s and is left behind", timeout_s)
             return
+        self._parameters.forget()
+        self._states.forget()
         for slot in self.slots:
             slot.close()
 
@@ -237,7 +241,7 @@ class Staging:
         copy.on_done(copy)
 
     def _finish(self, copy: Copy) -> None:
-        host = self._found(copy) if copy.host is None else copy.host
+        host = self._checked(copy.slot, copy.views).host if copy.host is None else copy.host
         copy.views = []
         _foreach_copy(host, non_blocking=False)
         if not self._replicated:  # else they are read once more below

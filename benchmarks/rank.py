@@ -158,9 +158,7 @@ class Bench:
 
     def _footprint(self, name: str) -> dict[str, Any]:
         pids = self.found[name].pop("helper_pids")
-        written = sorted(
-            (self.folder / name).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])
-        )
+        written = sorted((self.folder / name).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         return {
             "helpers": [measure.memory_bytes(pid) for pid in pids],
             "disk_bytes": measure.disk_bytes(written[-1]) if dist.get_rank() == 0 else 0,
@@ -197,7 +195,7 @@ class Bench:
     def _restores(self) -> dict[str, list[float]]:
         """From RAM and from a cold disk, and one flat copy of the same bytes; each overwritten in between."""
         way = self.ways["overlap"]
-        assert isinstance(way, Overlap) and way.handle is not None
+        assert isinstance(way, Overlap)
         expected = [tensor.clone() for tensor in self.subject.locals]
         last = self._target("overlap")
         way.save(last)
@@ -213,7 +211,8 @@ class Bench:
                 started_s = time.perf_counter()
                 restored = way.ckpt.restore(self.number if kind == "ram" else last)
                 found[kind].append(time.perf_counter() - started_s)
-                assert restored is not None and restored.source == kind, restored
+                assert restored is not None
+                assert restored.source == kind
                 assert all(map(torch.equal, expected, self.subject.locals))
             dist.barrier()
             found["memcpy"].append(memcpy.run())

@@ -12,10 +12,10 @@ from . import dtensor, fsdp1
 from .dtensor import DTensorShard
 from .names import join, walk
 from .replicated import BufferShard, ReplicatedShard
-from .shard import Shard
+from .shard import Shard, Watch
 from .sources import Sources
 
-__all__ = ["Shard", "find_shards", "reshard"]
+__all__ = ["Shard", "Watch", "find_shards", "reshard"]
 
 
 def find_shards(model: nn.Module) -> dict[str, Shard]:

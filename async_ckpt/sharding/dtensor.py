@@ -16,7 +16,7 @@ from async_ckpt.core.region import Region
 
 from .names import require
 from .replicated import checked_view, replaced
-from .shard import Shard
+from .shard import Shard, Watch
 from .sources import Sources
 
 _STATE_ATTRIBUTES = ("_get_fsdp_state",)
@@ -58,8 +58,8 @@ class DTensorShard(Shard):
     def state_view(self, state: torch.Tensor) -> torch.Tensor:
         return state._local_tensor.detach() if isinstance(state, DTensor) else state.detach()
 
-    def pointer(self) -> int:
-        return int(self._parameter._local_tensor.data_ptr())
+    def watch(self) -> Watch:
+        return Watch(self._parameter, "_local_tensor", ((self._module._parameters, self._attribute, self._parameter),))
 
     def local(self) -> torch.Tensor:
         parameter = self._parameter
@@ -123,6 +123,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def storage_attribute(tensor: torch.Tensor) -> str | None:
+    """Where a tensor keeps the one that has storage: None if that is itself."""
+    return "_local_tensor" if isinstance(tensor, DTensor) else None
 
 
 def replicated_local(tensor: torch.Tensor) -> torch.Tensor:

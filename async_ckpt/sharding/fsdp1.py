@@ -19,7 +19,7 @@ from async_ckpt.core.region import Region
 
 from .names import require
 from .replicated import checked_view, replaced
-from .shard import Shard
+from .shard import Shard, Watch
 from .sources import Sources
 
 _HANDLE_ATTRIBUTES = (
@@ -86,8 +86,13 @@ class FlatShard(Shard):
             flat = flat[self._start : self._start + self._numel]
         return flat.view(self.region.sizes)
 
-    def pointer(self) -> int:
-        return _sharded(self._flat).data_ptr()
+    def watch(self) -> Watch:
+        flat, place = self._flat, (self._module._parameters, self._attribute)
+        held: list[tuple[dict[Any, Any], Hashable, object]] = [(vars(self._handle), "flat_param", flat)]
+        if self._originals:
+            held.append((*place, self._originals[self._index]))
+        settled = hasattr(flat, "_local_shard")
+        return Watch(flat, "_local_shard" if settled else None, tuple(held))
 
     def local(self) -> torch.Tensor:
         flat = self._flat

@@ -10,7 +10,7 @@ from torch import nn
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.region import Region
 
-from .shard import Shard
+from .shard import Shard, Watch
 
 
 class ReplicatedShard(Shard):
@@ -38,8 +38,8 @@ class ReplicatedShard(Shard):
     def parameter(self) -> torch.Tensor:
         return self._parameter
 
-    def pointer(self) -> int:
-        return self._parameter.data_ptr()
+    def watch(self) -> Watch:
+        return Watch(self._parameter, None, ((self._module._parameters, self._attribute, self._parameter),))
 
     def local(self) -> torch.Tensor:
         parameter = self._parameter

@@ -5,12 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from async_ckpt.core.region import Region
 
 if TYPE_CHECKING:
     import torch
+
+
+class Watch(NamedTuple):
+    """What has to stay as it is for `Shard.local` to stay what it was.
+
+    The address of `owner`, or of the tensor that it has as `attribute`, tells whether the storage has moved. `held`
+    are dicts, keys in them, and the values that they have to hold: else something was replaced.
+    """
+
+    owner: Any
+    attribute: str | None
+    held: tuple[tuple[dict[Any, Any], Hashable, object], ...]
 
 
 @dataclass(frozen=True)
@@ -34,9 +46,14 @@ class Shard(ABC):
         Valid until the next optimizer step. Raises CheckpointError if the parameter was replaced since attach.
         """
 
-    def pointer(self) -> int | None:
-        """Changes when the storage behind `local()` does, and costs much less; None if only `local()` can tell."""
+    def watch(self) -> Watch | None:
+        """How to notice that `local()` would give another tensor; None if only `local()` can tell."""
         return None
+
+    @property
+    def is_state(self) -> bool:
+        """True for an optimizer's state, of which a step or `load_state_dict` may make new tensors."""
+        return False
 
     @property
     def identity(self) -> Hashable:

@@ -1,0 +1,71 @@
+"""Where shards lie now: asked at each save, without a Python call a tensor while nothing has moved."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .sharding import Shard
+
+_address: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
+
+
+class Lookup:
+    """The local tensors of `shards`, in their order.
+
+    `views` may be called in the training thread while `check` runs in another one. Whatever grows with the number of
+    tensors runs inside C functions (`map` over methods and getters): a loop in Python would cost the training thread
+    its time, and a loop in another thread would take the GIL from it.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        self._lock = threading.Lock()
+        self._look()
+
+    def views(self) -> list[torch.Tensor]:
+        """The shards' storage as it is now; the same list until one of them has moved. The views keep the storage
+        alive: a copy reads what was there even if `p.data = ...` or `model.to` moves the parameter afterwards.
+
+        Raises CheckpointError if one has moved because it was replaced or converted.
+        """
+        if self._addresses() != self._expected:
+            with self._lock:
+                self._look()
+        return self._views
+
+    def check(self) -> bool:
+        """Whether the model holds what it did when last looked at. If not, everything is looked up anew.
+
+        Raises CheckpointError if a parameter was replaced.
+        """
+        with self._lock:
+            if self._watched and all(map(operator.is_, map(dict.get, self._holders, self._keys), self._held)):
+                return True
+            self._look()
+            return False
+
+    def _addresses(self) -> list[list[int]]:
+        return [list(map(_address, owners if get is None else map(get, owners))) for get, owners in self._owners]
+
+    def _look(self) -> None:
+        watches = [watch for watch in (shard.watch() for shard in self._shards) if watch is not None]
+        owners: dict[str | None, dict[int, Any]] = defaultdict(dict)
+        for watch in watches:
+            owners[watch.attribute][id(watch.owner)] = watch.owner
+        entries = {(id(holder), id(key)): (holder, key, held) for watch in watches for holder, key, held in watch.held}
+        self._owners = [
+            (None if name is None else operator.attrgetter(name), list(of.values())) for name, of in owners.items()
+        ]
+        # Before the views: what moves in between is noticed next time.
+        self._expected = self._addresses()
+        self._views = [shard.local() for shard in self._shards]
+        self._watched = len(watches) == len(self._shards)
+        self._holders = [holder for holder, _, _ in entries.values()]
+        self._keys = [key for _, key, _ in entries.values()]
+        self._held = [held for _, _, held in entries.values()]
