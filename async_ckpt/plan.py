@@ -10,11 +10,12 @@ import msgspec
 import torch
 import xxhash
 
+from async_ckpt.core.claims import pack_claims
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.layout import TensorSpec, plan_file
+from async_ckpt.core.layout import FileLayout, TensorSpec, plan_file
 from async_ckpt.core.limits import check_depth
 from async_ckpt.core.manifest import checkpoint_name
-from async_ckpt.core.protocol import Claim, ImageFile, Layout, SaveRecord
+from async_ckpt.core.protocol import Claim, Claims, ImageFile, Layout, SaveRecord
 
 from .adapter import holds_adapters, plan_adapter
 from .contents import SAFETENSORS_DTYPE, Contents, joined
@@ -32,13 +33,13 @@ DEFAULT_ADAPTER = "default"  # PEFT's own name for the first adapter
 @dataclass(frozen=True)
 class Plan:
     """`weights` are the targets of each file with weights, by its path; `state` is the training state, if any is
-    saved. `claims` and `parts` run in parallel: what this rank holds, as the saver is told and as it is copied if the
-    saver grants it."""
+    saved. `claims` are what this rank holds, as the saver is told; `parts`, in the same order, how it is copied if
+    the saver grants it."""
 
     layout: Layout
     weights: Mapping[str, tuple[Target, ...]]
     state: TrainingState | None
-    claims: list[Claim]
+    claims: Claims
     parts: list[Part]
     version: Callable[[], object]
     made_for: object
@@ -99,7 +100,9 @@ def plan_checkpoint(
         ])  # fmt: skip
     own = own_files(files, [*weights, *contents.documents])
     layout = Layout(tuple(builder.files), contents.documents | (own if rank == 0 else {}))
-    return Plan(layout, weights, state, builder.claims, builder.parts, contents.version, contents.version(),
+    claims, order = pack_claims(builder.layouts, builder.claims)
+    parts = [builder.parts[index] for index in order]
+    return Plan(layout, weights, state, claims, parts, contents.version, contents.version(),
                 contents.base_models)  # fmt: skip
 
 
@@ -125,6 +128,7 @@ class _Builder:
     """Collects files, and for each tensor that this rank may write a claim and the part that would be copied."""
 
     def __init__(self) -> None:
+        self.layouts: list[FileLayout] = []
         self.files: list[ImageFile] = []
         self.claims: list[Claim] = []
         self.parts: list[Part] = []
@@ -137,6 +141,7 @@ class _Builder:
             if writes:
                 self.claims.append(Claim(len(self.files), index, shard.region))
                 self.parts.append(Part(path, extent, shard))
+        self.layouts.append(layout)
         self.files.append(ImageFile(path, layout.header, layout.total_bytes))
 
 

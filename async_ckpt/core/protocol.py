@@ -58,6 +58,15 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
     region: Region
 
 
+class Claims(msgspec.Struct, frozen=True, array_like=True):
+    """All that a rank holds, as `claims.pack_claims` makes it: runs of elements on the line of all tensors, ascending,
+    as int64; then `boxes`, which are no runs. They are numbered in this order."""
+
+    starts: Annotated[bytes, msgspec.Meta(max_length=8 * MAX_CLAIMS)]
+    lengths: Annotated[bytes, msgspec.Meta(max_length=8 * MAX_CLAIMS)]
+    boxes: Annotated[list[Claim], msgspec.Meta(max_length=MAX_CLAIMS)]
+
+
 class ImageFile(msgspec.Struct, frozen=True):
     """One file of the checkpoint directory to come: its first bytes and its whole length."""
 
@@ -97,7 +106,7 @@ class Register(_Message, frozen=True):
     shm: _Name
     layout_hash: _Name
     layout: Layout | None
-    claims: Annotated[list[Claim], msgspec.Meta(max_length=MAX_CLAIMS)]
+    claims: Claims
     versions: Annotated[dict[_Name, _Name], msgspec.Meta(max_length=64)]
 
 

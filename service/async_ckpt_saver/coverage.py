@@ -1,128 +1,183 @@
 """Do the parts that the ranks hold make up every tensor, and who copies what more than one rank holds? Pure.
 
-Guarantee: if `assign_owners` returns, each byte of each tensor is owned by exactly one claim; otherwise it raises
+Guarantee: if `assign_owners` returns, each element of each tensor is owned by exactly one claim; otherwise it raises
 CheckpointError naming the first tensor that is not whole. A wrong file cannot follow from a granted run.
+
+Thousands of ranks hold a thousand runs each, so what is done for every run is done inside C functions, a stretch of the
+line at a time. The proof of a stretch: sort the starts, sort the ends. The runs tile it if and only if each start is
+the end before it. (Each end is some run's, and lies behind that run's start. So the last start can only belong to the
+last end, the one before it to the one before, and so on.)
 """
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
+from async_ckpt.core.claims import Line
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import FileLayout
-from async_ckpt.core.protocol import Claim
-from async_ckpt.core.region import Region
+from async_ckpt.core.protocol import Claims
 
-Holders = dict[Region, list[tuple[int, int]]]  # region -> (rank, index of the claim) of each rank that holds it
+from .boxes import Holders, check_boxes, gather_boxes
+from .owners import Pattern, Shared, share_out
+
+_STRETCH_RUNS = 1 << 18  # bounds the memory that the proof takes, whatever the number of ranks
+_INT_BYTES = 8
 
 
 class Ownership(msgspec.Struct, frozen=True):
-    """For each rank the indices of its claims that it owns, and of those that other ranks hold as well."""
+    """For each rank the numbers of its claims that it owns, and of those that other ranks hold as well. Ranks may share
+    a list."""
 
     owned: dict[int, list[int]]
     replicated: dict[int, list[int]]
 
 
-def assign_owners(files: Sequence[FileLayout], claims: Mapping[int, Sequence[Claim]]) -> Ownership:
+def assign_owners(files: Sequence[FileLayout], claims: Mapping[int, Claims]) -> Ownership:
     """Who writes what.
 
     Raises CheckpointError if a claim does not fit its tensor, or if claims leave a gap or overlap without being equal.
     Replicas (equal claims) go to the rank with the fewest bytes so far, largest first (LPT).
     """
-    tensors: dict[tuple[int, int], Holders] = defaultdict(lambda: defaultdict(list))
-    for rank, rank_claims in claims.items():
-        for index, claim in enumerate(rank_claims):
-            _check_fit(files, rank, claim)
-            tensors[claim.file, claim.tensor][claim.region].append((rank, index))
-    for file_index, file in enumerate(files):
-        for tensor_index, extent in enumerate(file.extents):
-            if extent.spec.numel:
-                holders = tensors.get((file_index, tensor_index), {})
-                _check_whole(extent.spec.name, extent.spec.shape, holders)
-    replicated: dict[int, list[int]] = {rank: [] for rank in claims}
-    for holders in tensors.values():
-        for who in holders.values():
-            for rank, index in who if len(who) > 1 else ():
-                replicated[rank].append(index)
-    return Ownership(_balance(files, tensors, claims.keys()), replicated)
+    line = Line.of(files)
+    patterns = _patterns(claims)
+    for pattern in patterns:
+        _check_runs(line, pattern)
+    boxes = gather_boxes(line, {rank: (len(each.starts) // _INT_BYTES, each.boxes) for rank, each in claims.items()})
+    for number, holders in boxes.items():
+        within = line.starts[number], line.starts[number + 1]
+        if any(operator.ne(*pattern.between(*within)) for pattern in patterns):
+            raise _not_whole(line, patterns, (number, number + 1), boxes)
+        check_boxes(line, number, holders)
+    shared: list[Shared] = []
+    for stretch in _stretches(line, patterns):
+        shared += _check_stretch(line, patterns, stretch, boxes)
+    owned, replicated = share_out(line, patterns, shared, boxes)
+    return Ownership(owned, replicated)
 
 
-def _check_fit(files: Sequence[FileLayout], rank: int, claim: Claim) -> None:
-    if not (0 <= claim.file < len(files) and 0 <= claim.tensor < len(files[claim.file].extents)):
-        raise CheckpointError(f"rank {rank} claims tensor {claim.tensor} of file {claim.file}, which does not exist")
-    spec = files[claim.file].extents[claim.tensor].spec
-    region, shape = claim.region, (spec.numel,) if claim.region.flat else spec.shape
-    fits = len(region.offsets) == len(region.sizes) == len(shape) and all(
-        offset >= 0 and size > 0 and offset + size <= length
-        for offset, size, length in zip(region.offsets, region.sizes, shape, strict=True)
-    )
-    if not fits:
-        raise CheckpointError(f"rank {rank} claims {region} of tensor {spec.name!r}, whose shape is {list(shape)}")
-
-
-def _check_whole(name: str, shape: tuple[int, ...], holders: Mapping[Region, object]) -> None:
-    regions = list(holders)
-    if not regions:
-        raise CheckpointError(f"no rank holds tensor {name!r} of shape {list(shape)}: it would be missing in the file")
-    if len({region.flat for region in regions}) > 1:
-        raise CheckpointError(f"tensor {name!r} is sharded in two different ways on different ranks: {regions[:4]}")
-    numel = 1
-    for length in shape:
-        numel *= length
-    covered = sum(region.numel for region in regions)
-    overlap = _overlapping(regions)
-    if overlap is not None:
-        raise CheckpointError(f"tensor {name!r}: two ranks hold parts that overlap but differ: {overlap}")
-    if covered != numel:
-        raise CheckpointError(f"tensor {name!r}: the ranks hold {covered} of its {numel} elements; "
-                              f"the rest is on no rank that registered")  # fmt: skip
-
-
-def _overlapping(regions: list[Region]) -> tuple[Region, Region] | None:
-    """A pair of regions that share an element. Sorted along the one dimension in which they differ, neighbours
-    suffice; regions that differ in several dimensions (tensor parallel x FSDP) are compared pair by pair."""
-    differing = [
-        dim for dim in range(len(regions[0].offsets)) if len({(r.offsets[dim], r.sizes[dim]) for r in regions}) > 1
+def _patterns(claims: Mapping[int, Claims]) -> list[Pattern]:
+    """Replicas say the same: each kind of claims is looked at once."""
+    ranks: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
+    for rank, each in sorted(claims.items()):
+        if len(each.starts) != len(each.lengths) or len(each.starts) % _INT_BYTES:
+            raise CheckpointError(f"rank {rank} claims runs with {len(each.starts)} bytes of starts and "
+                                  f"{len(each.lengths)} of lengths")  # fmt: skip
+        ranks[each.starts, each.lengths].append(rank)
+    return [
+        Pattern(who, memoryview(starts).cast("q"), memoryview(lengths).cast("q"))
+        for (starts, lengths), who in ranks.items()
     ]
-    if len(differing) <= 1:
-        dim = differing[0] if differing else 0
-        ordered = sorted(regions, key=lambda region: region.offsets[dim : dim + 1])
-        pairs = itertools.pairwise(ordered)
-        return next(((a, b) for a, b in pairs if a.offsets[dim] + a.sizes[dim] > b.offsets[dim]), None)
-    ordered = sorted(regions, key=lambda region: region.offsets)
-    for position, a in enumerate(ordered):
-        for b in ordered[position + 1 :]:
-            if b.offsets[0] >= a.offsets[0] + a.sizes[0]:
-                break
-            if all(x < y + m and y < x + n for x, n, y, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)):
-                return a, b
-    return None
 
 
-def _balance(
-    files: Sequence[FileLayout], tensors: Mapping[tuple[int, int], Holders], ranks: Iterable[int]
-) -> dict[int, list[int]]:
-    owned: dict[int, list[int]] = {rank: [] for rank in sorted(ranks)}
-    load_bytes = dict.fromkeys(owned, 0)
-    shared = []
-    for (file, tensor), holders in tensors.items():
-        spec = files[file].extents[tensor].spec
-        for region, who in holders.items():
-            nbytes = region.numel * spec.nbytes // spec.numel
-            if len(who) == 1:
-                owned[who[0][0]].append(who[0][1])
-                load_bytes[who[0][0]] += nbytes
-            else:
-                shared.append((-nbytes, file, tensor, sorted(who)))
-    heapq.heapify(shared)
-    while shared:
-        negative_bytes, _, _, who = heapq.heappop(shared)
-        rank, index = min(who, key=lambda holder: (load_bytes[holder[0]], holder[0]))
-        owned[rank].append(index)
-        load_bytes[rank] -= negative_bytes
-    return {rank: sorted(indices) for rank, indices in owned.items()}
+def _check_runs(line: Line, pattern: Pattern) -> None:
+    starts, lengths = pattern.starts, pattern.lengths
+    if not starts:
+        return
+    ends = pattern.ends(0, len(starts))
+    in_order = all(map(operator.le, ends, starts[1:]))
+    if min(lengths) > 0 and in_order and starts[0] >= 0 and ends[-1] <= line.starts[-1]:
+        return
+    raise CheckpointError(f"rank {pattern.ranks[0]} claims runs that are empty, out of order, or beyond the last "
+                          f"of the {line.starts[-1]} elements of all tensors")  # fmt: skip
+
+
+def _stretches(line: Line, patterns: Sequence[Pattern]) -> Iterator[tuple[int, int]]:
+    """Tensors [first, last), so few that their runs on all ranks fit into memory."""
+    tensors = len(line.extents)
+    runs = sum(len(pattern.starts) for pattern in patterns)
+    step = max(1, tensors * _STRETCH_RUNS // max(runs, 1))
+    for first in range(0, tensors, step):
+        yield first, min(first + step, tensors)
+
+
+def _check_stretch(
+    line: Line, patterns: Sequence[Pattern], stretch: tuple[int, int], boxes: Mapping[int, Holders]
+) -> list[Shared]:
+    """Raises CheckpointError unless every tensor of the stretch is whole. Returns what several patterns hold."""
+    first, last = stretch
+    begin, end = line.starts[first], line.starts[last]
+    starts: list[int] = []
+    ends: list[int] = []
+    for number in boxes:
+        if first <= number < last:
+            starts.append(line.starts[number])
+            ends.append(line.starts[number + 1])
+    for pattern in patterns:
+        low, high = pattern.between(begin, end)
+        starts += pattern.starts[low:high].tolist()
+        ends += pattern.ends(low, high)
+    runs = len(starts)
+    if _tiles(line, stretch, sorted(starts), sorted(ends)):
+        return []
+    counts = Counter(zip(starts, ends, strict=True))
+    if len(counts) == runs or not _tiles(line, stretch, sorted(s for s, _ in counts), sorted(e for _, e in counts)):
+        raise _not_whole(line, patterns, stretch, boxes)
+    several = {run for run, count in counts.items() if count > 1}
+    return _holders(patterns, (begin, end), several)
+
+
+def _tiles(line: Line, stretch: tuple[int, int], starts: list[int], ends: list[int]) -> bool:
+    first, last = stretch
+    begin, end = line.starts[first], line.starts[last]
+    if begin == end:
+        return not starts
+    if not starts or starts[0] != begin or ends[-1] != end or starts[1:] != ends[:-1]:
+        return False
+    # No run may reach from one tensor into the next: each tensor begins where some run does.
+    begins = set(line.starts[first:last])
+    begins.discard(end)  # that of empty tensors at the end
+    return begins.issubset(starts)
+
+
+def _holders(patterns: Sequence[Pattern], between: tuple[int, int], several: set[tuple[int, int]]) -> list[Shared]:
+    holders: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    ordered = sorted(several)
+    for which, pattern in enumerate(patterns):
+        low, high = pattern.between(*between)
+        for run in ordered:
+            index = bisect.bisect_left(pattern.starts, run[0], low, high)
+            if index < high and pattern.starts[index] == run[0] and run[0] + pattern.lengths[index] == run[1]:
+                holders[run].append((which, index))
+                low = index + 1
+    return [Shared(start, end - start, who) for (start, end), who in holders.items()]
+
+
+def _not_whole(
+    line: Line, patterns: Sequence[Pattern], stretch: tuple[int, int], boxes: Mapping[int, Holders]
+) -> CheckpointError:
+    """Which tensor it is. Only now is each of them looked at by itself."""
+    for number in range(*stretch):
+        spec, begin, end = line.extents[number].spec, line.starts[number], line.starts[number + 1]
+        runs: set[tuple[int, int]] = set()
+        for pattern in patterns:
+            low, high = pattern.between(begin, end)
+            mine = list(zip(pattern.starts[low:high].tolist(), pattern.ends(low, high), strict=True))
+            if mine and mine[-1][1] > end:
+                return CheckpointError(f"rank {pattern.ranks[0]} claims elements of tensor {spec.name!r} beyond its "
+                                       f"{spec.numel}")  # fmt: skip
+            runs.update((start - begin, stop - begin) for start, stop in mine)
+        ordered = sorted(runs)
+        if ordered and number in boxes:
+            return CheckpointError(f"tensor {spec.name!r} is sharded in two different ways on different ranks: by "
+                                   f"elements or rows {ordered[:2]}, and {list(boxes[number])[:2]}")  # fmt: skip
+        if number in boxes or not spec.numel:
+            continue
+        if not ordered:
+            return CheckpointError(f"no rank holds tensor {spec.name!r} of shape {list(spec.shape)}: it would be "
+                                   f"missing in the file")  # fmt: skip
+        for one, next_one in itertools.pairwise(ordered):
+            if one[1] > next_one[0]:
+                return CheckpointError(f"tensor {spec.name!r}: two ranks hold parts that overlap but differ: elements "
+                                       f"{one[0]}-{one[1]} and {next_one[0]}-{next_one[1]}")  # fmt: skip
+        covered = sum(stop - start for start, stop in ordered)
+        if covered != spec.numel:
+            return CheckpointError(f"tensor {spec.name!r}: the ranks hold {covered} of its {spec.numel} elements; "
+                                   f"the rest is on no rank that registered")  # fmt: skip
+    return CheckpointError("the ranks' claims do not make up every tensor")

@@ -20,6 +20,7 @@ import msgspec
 import pytest
 
 from async_ckpt.core import manifest, slots
+from async_ckpt.core.claims import pack_claims
 from async_ckpt.core.layout import TensorSpec, plan_file
 from async_ckpt.core.processes import process_of
 from async_ckpt.core.protocol import (
@@ -136,7 +137,7 @@ def register(
         shm=shm_identity(),
         layout_hash="h",
         layout=LAYOUT if rank == 0 else None,
-        claims=[Claim(0, 0, Region(False, (rank * share,), (share,)))],
+        claims=pack_claims([FILE], [Claim(0, 0, Region(False, (rank * share,), (share,)))])[0],
         versions={"torch": "2"},
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from async_ckpt.core.claims import pack_claims
 from async_ckpt.core.layout import FileLayout, TensorSpec, plan_file
-from async_ckpt.core.protocol import PROTOCOL, Claim, ImageFile, Layout, Options, Process, Register
+from async_ckpt.core.protocol import PROTOCOL, Claim, Claims, ImageFile, Layout, Options, Process, Register
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt.core.slots import shm_identity
@@ -23,6 +24,11 @@ def plain(shape: tuple[int, ...] = (4, 2), name: str = "lora_A.weight", dtype: s
     return layout_of(plan_file("adapter_model.safetensors", [TensorSpec(name, dtype, shape)]))
 
 
+def halves(number: int) -> Claims:
+    file = plan_file("adapter_model.safetensors", [TensorSpec("lora_A.weight", "F32", (4, 2))])
+    return pack_claims([file], [Claim(0, 0, Region(False, (2 * number, 0), (2, 2)))])[0]
+
+
 def register(number: int, **changes: object) -> Register:
     message = Register(
         protocol=PROTOCOL,
@@ -34,7 +40,7 @@ def register(number: int, **changes: object) -> Register:
         shm=shm_identity(),
         layout_hash="h",
         layout=plain() if number == 0 else None,
-        claims=[Claim(0, 0, Region(False, (2 * number, 0), (2, 2)))],
+        claims=halves(number),
         versions={},
     )
     return msgspec.structs.replace(message, **changes)
@@ -64,7 +70,7 @@ def test_all_ranks_in_any_order_are_granted(order: tuple[int, int]) -> None:
         ({"options": msgspec.structs.replace(OPTIONS, slots=3)}, "slots=3"),
         ({"options": msgspec.structs.replace(OPTIONS, world=3)}, "world=3"),
         ({"options": msgspec.structs.replace(OPTIONS, policy=Policy(keep_last=1))}, "policy="),
-        ({"claims": []}, "lora_A.weight"),
+        ({"claims": Claims(b"", b"", [])}, "lora_A.weight"),
     ],
 )
 def test_a_rank_that_does_not_fit_refuses_all(changes: dict[str, object], expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from async_ckpt.core.claims import pack_claims
 from async_ckpt.core.layout import TensorSpec, plan_file
 from async_ckpt.core.protocol import Claim, SaveRecord
 from async_ckpt.core.region import Region
@@ -34,4 +35,5 @@ def test_only_what_several_ranks_hold_is_to_be_hashed() -> None:
         ]
         for rank in range(3)
     }
-    assert assign_owners([file], claims).replicated == {0: [1], 1: [1], 2: [1]}
+    packed = {rank: pack_claims([file], each)[0] for rank, each in claims.items()}
+    assert assign_owners([file], packed).replicated == {0: [1], 1: [1], 2: [1]}
