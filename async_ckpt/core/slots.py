@@ -165,7 +165,10 @@ class SlotPaths:
         self.state = run / f"{self._name}.state"
 
     def record(self, rank: int) -> Path:
-        return self._run / f"{self._name}.record-{rank}"
+        return self._run / self.record_name(rank)
+
+    def record_name(self, rank: int) -> str:
+        return f"{self._name}.record-{rank}"
 
     def write_record(self, rank: int, record: SaveRecord) -> None:
         """Replace the rank's record in one step, so that a kill leaves the old one or the new one.
@@ -196,7 +199,9 @@ class SlotPaths:
         first = self.read_record(0)
         if first.step != step:
             raise CheckpointError(f"{self.record(0)} belongs to step {first.step}, expected {step}")
-        others = [(rank, self.read_record(rank)) for rank in range(1, world) if self.record(rank).exists()]
+        there = set(os.listdir(self._run))  # asked once: most ranks write none
+        names = ((rank, self.record_name(rank)) for rank in range(1, world))
+        others = [(rank, self.read_record(rank)) for rank, name in names if name in there]
         return [(0, first), *((rank, record) for rank, record in others if record.step == step)]
 
     def remove(self) -> None:

@@ -47,9 +47,11 @@ class Registration:
         self.members: dict[int, Register] = {}
         self.identities: dict[int, bytes] = {}
         self._wanted: set[int] = set()
+        self._ranks: dict[bytes, int] = {}
 
     def add(self, identity: bytes, message: Register) -> Verdict:
         self.identities[message.rank] = identity  # before any refusal, which must reach this rank too
+        self._ranks[identity] = message.rank
         reason = _unacceptable(message) or self._differing_option(message)
         if reason:
             return Refusal(reason)
@@ -77,7 +79,7 @@ class Registration:
             return Refusal(f"the layout of rank {rank}: {error}")
 
     def rank_of(self, identity: bytes) -> int | None:
-        return next((rank for rank, known in self.identities.items() if known == identity), None)
+        return self._ranks.get(identity)
 
     def expire(self, now_s: float) -> Refusal | None:
         if now_s - self.since_s < self.options.timeout_s:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.5  # also what limits how short WatchdogSec= may be: 2 s, or half of it is not told in time
+# Plain numbers: combining flags costs more than sending a message.
+_AT_ONCE = int(zmq.NOBLOCK)
+_AT_ONCE_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _LOCK_TRIES = 20  # at 10 ms: a rank that looks whether a saver is there holds the lock for an instant
 _UNUSED_S = 60.0  # an embedded saver that nobody ever registers with
 _QUIET_S = 1.0  # and one that nobody needs any more
@@ -68,6 +71,7 @@ class Server:
         self._last_message_s: float | None = None
         # An embedded saver inherits the variables of a trainer that is a service itself: they are not meant for it.
         self._notifier = Notifier({} if config.embedded else os.environ)
+        self._looking_again = False
 
     async def serve(self) -> None:
         lock = self._lock()
@@ -198,9 +202,10 @@ class Server:
 
     def _drain_socket(self) -> None:
         """The descriptor is edge-triggered: read until there is nothing, and look again after sending."""
+        self._looking_again = False
         while True:
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(_AT_ONCE)
             except zmq.Again:
                 return
             self._last_message_s = self._loop.time()
@@ -222,8 +227,11 @@ class Server:
 
     def _send(self, identity: bytes, message: FromSaver) -> None:
         try:
-            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+            self._socket.send(identity, _AT_ONCE_AND_MORE)
+            self._socket.send(encode(message), _AT_ONCE)
         except zmq.ZMQError as error:
             log.debug("cannot reach %r: %s", identity, error)
-        if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        # Sending may have used up the edge that tells of what came in: look again, once for all that is sent now.
+        if not self._looking_again:
+            self._looking_again = True
             self._loop.call_soon(self._drain_socket)
