@@ -9,6 +9,7 @@ Times of the saver are its CPU time, all threads, over the whole of what is coun
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -65,7 +66,7 @@ class Senders:
                  str(first), str(last - first), str(tensors)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )
-            for first, last in zip(edges, edges[1:], strict=False)
+            for first, last in itertools.pairwise(edges)
         ]  # fmt: skip
         self._answers()
 
@@ -137,8 +138,9 @@ def simulate(ranks: int, *, tensors: int = TENSORS, saves: int = _SAVES) -> dict
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [f"{'ranks':>6} {'registered':>11} {'us a rank':>10} {'message':>10} {'save, wall':>11} {'us a rank':>10} "
-             f"{'private memory, MB: connected':>30} {'registered':>11} {'after saves':>12}"]  # fmt: skip
+    names = (("ranks", 6), ("registered", 11), ("us a rank", 10), ("message", 10), ("save, wall", 11),
+             ("us a rank", 10), ("private memory, MB: connected", 30), ("registered", 11), ("after saves", 12))  # fmt: skip
+    lines = [" ".join(f"{name:>{width}}" for name, width in names)]
     for row in found:
         ranks = row["ranks"]
         lines.append(

@@ -101,10 +101,11 @@ def total_bytes(subject: Subject) -> int:
 
 def _materialise(model: nn.Module) -> None:
     """Give the adapter storage; PEFT leaves it where the base model is."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad:
-                values = torch.randn(parameter.shape, dtype=torch.float32).to(torch.bfloat16)
+                values = torch.randn(parameter.shape, dtype=torch.float32).to(device, torch.bfloat16)
                 setattr(module, name, nn.Parameter(values))
 
 

@@ -47,7 +47,7 @@ class Summary:
 
 
 def summarise(way: dict[str, Any]) -> Summary:
-    """Of `rank.merged`'s entry for one way."""
+    """Of `job.merged`'s entry for one way."""
     saves, first, helpers = way["saves"], way["first"], way["helpers"]
     extra = [loop["saving_s"] - loop["idle_s"] for loop in way["loops"]]
     return Summary(
