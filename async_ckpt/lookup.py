@@ -45,10 +45,15 @@ class Lookup:
         Raises CheckpointError if a parameter was replaced.
         """
         with self._lock:
-            if self._watched and all(map(operator.is_, map(dict.get, self._holders, self._keys), self._held)):
+            if self._watched and self._same():
                 return True
             self._look()
             return False
+
+    def _same(self) -> bool:
+        return all(map(operator.is_, map(dict.get, self._holders, self._keys), self._held)) and all(
+            map(_same_objects, map(list, map(dict.values, self._dicts)), self._values)
+        )
 
     def _addresses(self) -> list[list[int]]:
         return [list(map(_address, owners if get is None else map(get, owners))) for get, owners in self._owners]
@@ -69,3 +74,9 @@ class Lookup:
         self._holders = [holder for holder, _, _ in entries.values()]
         self._keys = [key for _, key, _ in entries.values()]
         self._held = [held for _, _, held in entries.values()]
+        self._dicts = list({id(each): each for watch in watches for each in watch.whole}.values())
+        self._values = [list(each.values()) for each in self._dicts]
+
+
+def _same_objects(found: list[object], expected: list[object]) -> bool:
+    return len(found) == len(expected) and all(map(operator.is_, found, expected))

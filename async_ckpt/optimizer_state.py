@@ -89,12 +89,8 @@ class StateShard(Shard):
         value = None if state is None else state.get(self.key)
         if state is None or not isinstance(value, torch.Tensor):
             return None
-        held: tuple[tuple[dict[Any, Any], Hashable, object], ...] = (
-            (vars(self.optimizer), "state", states),
-            (states, parameter, state),
-            (state, self.key, value),
-        )
-        return Watch(value, storage_attribute(value), held)
+        held = ((vars(self.optimizer), "state", states), (state, self.key, value))
+        return Watch(value, storage_attribute(value), held, (states,))
 
     def local(self) -> torch.Tensor:
         parameter = self.source.parameter

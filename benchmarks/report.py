@@ -75,8 +75,8 @@ def _row(way: Summary, nbytes: int) -> str:
 
 def _beside(run: dict[str, Any]) -> Iterator[str]:
     yield ""
-    yield "* not synced: a power loss may take it. call: what the loop executes to save, state dict included; call+fence:"
-    yield "  with the wait of an optimizer step that follows at once. durable: until the way's own future says written."
+    yield "* not synced: a power loss may take it. call: what the loop executes to save, state dict included."
+    yield "  call+fence: with the wait of an optimizer step that follows at once. durable: until its future says so."
     main = run["shapes"].get(MAIN_SHAPE)
     if main is not None:
         times = {kind: statistics.median(values) for kind, values in main["restores"].items()}
@@ -116,12 +116,15 @@ def headline(run: dict[str, Any]) -> str:
     """One line for the README."""
     ways = summaries(run["shapes"][MAIN_SHAPE])
     ours, peer, dcp = ways["overlap"], ways["torch-checkpointing"], ways["dcp.async"]
+    durable = _ms(ours.durable_s.median)
+    stall, later = _ms(ours.stall_s.median), _ms(ours.call_s.median)
+    others = "; ".join(
+        f"`{name}` {_ms(way.stall_s.median)} and {_ms(way.durable_s.median)} ms{note}"
+        for name, way, note in (("torch_checkpointing", peer, " (not synced)"), ("dcp.async_save", dcp, ""))
+    )
     return (
-        f"560 LoRA tensors of a Llama-3-70B shape, 2 ranks, 2 cores: a save costs the training thread "
-        f"{_ms(ours.stall_s.median)} ms ({_ms(ours.call_s.median)} ms if a step does not follow at once) and is on "
-        f"disk, synced, after {_ms(ours.durable_s.median)} ms; `torch_checkpointing` takes "
-        f"{_ms(peer.stall_s.median)} and {_ms(peer.durable_s.median)} ms (not synced), `dcp.async_save` {_ms(dcp.stall_s.median)} and "
-        f"{_ms(dcp.durable_s.median)}."
+        f"560 LoRA tensors of a Llama-3-70B shape on 2 ranks and 2 cores: a save costs the training thread {stall} ms "
+        f"({later} ms if no step follows at once) and is on disk, synced, after {durable} ms; {others}."
     )
 
 

@@ -29,6 +29,8 @@ RANKS = (8, 64, 512, 1024, 4096)
 TENSORS = 1120
 _SAVES = 10
 _SENDERS = 4
+_COLUMNS = (("ranks", 6), ("registered", 11), ("us a rank", 10), ("message", 10), ("save, wall", 11), ("us a rank", 10),
+            ("private memory, MB: connected", 30), ("registered", 11), ("after saves", 12))  # fmt: skip
 _FILES_A_RANK = 3  # a connection, a pidfd, and some air
 
 
@@ -138,9 +140,7 @@ def simulate(ranks: int, *, tensors: int = TENSORS, saves: int = _SAVES) -> dict
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
-    names = (("ranks", 6), ("registered", 11), ("us a rank", 10), ("message", 10), ("save, wall", 11),
-             ("us a rank", 10), ("private memory, MB: connected", 30), ("registered", 11), ("after saves", 12))  # fmt: skip
-    lines = [" ".join(f"{name:>{width}}" for name, width in names)]
+    lines = [" ".join(f"{name:>{width}}" for name, width in _COLUMNS)]
     for row in found:
         ranks = row["ranks"]
         lines.append(

@@ -17,12 +17,14 @@ class Watch(NamedTuple):
     """What has to stay as it is for `Shard.local` to stay what it was.
 
     The address of `owner`, or of the tensor that it has as `attribute`, tells whether the storage has moved. `held`
-    are dicts, keys in them, and the values that they have to hold: else something was replaced.
+    are dicts, keys in them, and the values that they have to hold: else something was replaced. `whole` are dicts whose
+    values all have to stay, for those whose keys are tensors: these hash in Python.
     """
 
     owner: Any
     attribute: str | None
     held: tuple[tuple[dict[Any, Any], Hashable, object], ...]
+    whole: tuple[dict[Any, Any], ...] = ()
 
 
 @dataclass(frozen=True)
