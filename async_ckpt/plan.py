@@ -85,7 +85,7 @@ def plan_checkpoint(
     """`files` are the caller's own, the same in every save. Runs no collective. Raises CheckpointError if the model has
     nothing that could be saved as selected, or if some of the training state or of `files` cannot be saved."""
     shards = find_shards(model)
-    contents = _plan_weights(model, selection, documents=rank == 0)
+    contents = _plan_weights(model, selection, shards, documents=rank == 0)
     builder = _Builder()
     weights = {}
     for path, tensors in contents.files.items():
@@ -106,12 +106,14 @@ def plan_checkpoint(
                 contents.base_models)  # fmt: skip
 
 
-def _plan_weights(model: torch.nn.Module, selection: Selection, *, documents: bool) -> Contents:
+def _plan_weights(
+    model: torch.nn.Module, selection: Selection, shards: Mapping[str, Shard], *, documents: bool
+) -> Contents:
     if selection.weights != "auto":
         return plan_plain_model(model, selection.weights)
     if holds_adapters(model) or selection.adapter_names != (DEFAULT_ADAPTER,):
         names = selection.adapter_names
-        return joined([plan_adapter(model, name, documents=documents).contents for name in names])
+        return joined([plan_adapter(model, name, documents=documents, shards=shards).contents for name in names])
     return plan_full_model(model, max_shard_size=selection.max_shard_size, documents=documents)
 
 
