@@ -20,7 +20,9 @@ from .sharding import Shard
 
 log = logging.getLogger(__name__)
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it before Python 3.14
+# Linux 5.14; the mmap module has no names for them before Python 3.14.
+POPULATE_READ = 22
+POPULATE_WRITE = 23
 
 
 @dataclass(frozen=True)
@@ -66,26 +68,9 @@ class Slot:
         self.targets = [
             image_view(self._images[part.path], part.extent, part.shard.dtype, part.shard.region) for part in parts
         ]
-        self._populate(parts)
-
-    def _populate(self, parts: Sequence[Part]) -> None:
-        """Map our own pages now: the first copy would otherwise take a page fault for each of them."""
-        page = mmap.PAGESIZE
         for path, mapped in self._maps.items():
-            base = self._images[path].data_ptr()
-            spans = sorted(_span(target, base) for part, target in zip(parts, self.targets, strict=True)
-                           if part.path == path and target.numel())  # fmt: skip
-            start = stop = 0
-            for begin, end in [*spans, (len(mapped) + 2 * page, 0)]:
-                if begin > stop + page:
-                    first = start // page * page
-                    try:
-                        mapped.madvise(_MADV_POPULATE_WRITE, first, stop - first)
-                    except OSError as error:
-                        log.debug("the first copy will be slower, pages cannot be mapped ahead: %s", error)
-                        return
-                    start = begin
-                stop = max(stop, end)
+            own = [target for part, target in zip(parts, self.targets, strict=True) if part.path == path]
+            populate(mapped, self._images[path].data_ptr(), own, POPULATE_WRITE)
 
     def pin(self) -> None:
         """Page-lock the image, so that the GPU copies into it without a bounce buffer and without stopping."""
@@ -106,6 +91,23 @@ class Slot:
         self._images.clear()
         self._maps.clear()
         self.state.close()
+
+
+def populate(mapped: mmap.mmap, base: int, views: Sequence[torch.Tensor], advice: int) -> None:
+    """Map the pages of `views`, which lie in `mapped` at address `base`, all at once: a copy would otherwise take a
+    page fault for each of them."""
+    page = mmap.PAGESIZE
+    start = stop = 0
+    for begin, end in [*sorted(_span(view, base) for view in views if view.numel()), (len(mapped) + 2 * page, 0)]:
+        if begin > stop + page:
+            first = start // page * page
+            try:
+                mapped.madvise(advice, first, stop - first)
+            except OSError as error:
+                log.debug("the first copy will be slower, pages cannot be mapped ahead: %s", error)
+                return
+            start = begin
+        stop = max(stop, end)
 
 
 def _span(view: torch.Tensor, base: int) -> tuple[int, int]:

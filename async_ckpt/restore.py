@@ -14,7 +14,7 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import FileLayout, TensorSpec, header_bytes, parse_file
 from async_ckpt.core.region import Region
 
-from .mapped import image_view
+from .mapped import POPULATE_READ, image_view, populate
 from .sharding import Shard
 
 _SHOWN = 8  # differences listed before "and N more"
@@ -55,6 +55,7 @@ class OpenFile:
         self.path = path
         layout = _parse(path, mapped)
         self.extents = {extent.spec.name: extent for extent in layout.extents}
+        self._mapped = mapped
         self._image = torch.frombuffer(mapped, dtype=torch.uint8)
 
     def differences(self, targets: Sequence[Target], *, ignore: str | None = None) -> list[str]:
@@ -81,6 +82,7 @@ class OpenFile:
                 sources.append(image_view(self._image, self.extents[target.name], shard.dtype, shard.region))
                 destinations.append(shard.local())
         if destinations:
+            populate(self._mapped, self._image.data_ptr(), sources, POPULATE_READ)
             with torch.no_grad():
                 torch._foreach_copy_(destinations, sources)
 

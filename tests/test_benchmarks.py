@@ -23,7 +23,7 @@ def test_a_goal_is_met_up_to_its_limit() -> None:
 
 
 def test_the_pages_show_the_last_run() -> None:
-    """What is in benchmarks/results is what docs/benchmarks.md says: `python -m benchmarks.report` after `make bench`."""
+    """`python -m benchmarks.report` puts there what `make bench` has left in benchmarks/results."""
     run = json.loads((HOME / "benchmarks" / "results" / "bench.json").read_text())
     assert render(run) in (HOME / "docs" / "benchmarks.md").read_text()
 

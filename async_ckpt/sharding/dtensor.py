@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.region import Region
 
-from .names import require
+from .names import every_module, require
 from .replicated import checked_view, replaced
 from .shard import Shard, Watch
 from .sources import Sources
@@ -120,7 +120,7 @@ def sources(model: nn.Module) -> Sources:
 
 def reshard(model: nn.Module) -> None:
     """Make every `fully_shard`ed module below `model` free its unsharded parameters. Runs no collective."""
-    for module in model.modules():
+    for module in every_module(model):
         if isinstance(module, FSDPModule):
             module.reshard()
 
@@ -153,7 +153,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
+    for module in every_module(model):
         if not isinstance(module, FSDPModule):
             continue
         require(module, "FSDPModule", _STATE_ATTRIBUTES)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.region import Region
 
-from .names import require
+from .names import every_module, require
 from .replicated import checked_view, replaced
 from .shard import Shard, Watch
 from .sources import Sources
@@ -160,7 +160,7 @@ def is_flat_parameter(attribute: str, parameter: torch.Tensor) -> bool:
 
 
 def _handles(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
+    for module in every_module(model):
         if isinstance(module, FullyShardedDataParallel):
             require(module, "FullyShardedDataParallel", ("_handle",))
             handle = module._handle

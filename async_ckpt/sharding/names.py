@@ -38,6 +38,19 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         stack.extend(reversed(children))
 
 
+def every_module(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module below `model` once, wrappers included, parents first. `modules()` does the same, but passes each of
+    them through a generator a level, which takes most of the time for a deep model."""
+    seen = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if module not in seen:
+            seen.add(module)
+            yield module
+            stack.extend(child for child in reversed(module._modules.values()) if child is not None)
+
+
 def join(path: str, attribute: str) -> str:
     return f"{path}.{attribute}" if path else attribute
 
