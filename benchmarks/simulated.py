@@ -44,7 +44,7 @@ from async_ckpt.core.protocol import (
 )
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
-from async_ckpt.core.slots import Phase, SlotPaths, StateFile
+from async_ckpt.core.slots import Phase, SlotPaths, StateFile, shm_identity
 
 _TIMEOUT_MS = 120_000
 
@@ -85,6 +85,7 @@ class Ranks:
             rank=number,
             process=self._process,
             launcher=None,
+            shm=shm_identity(),
             layout_hash="scale",
             layout=image if number == 0 else None,
             claims=pack_claims([file], claims)[0],

@@ -107,8 +107,8 @@ def _stream(view: memoryview, path: str, output: _Output, hashing: Executor, ste
     length = len(view)
     digests = Digests(CHUNK_BYTES)
     # The last partial block cannot go out by O_DIRECT.
-    aligned = length - length % ALIGN_BYTES if output.direct else 0
-    edges = sorted({*range(0, length, CHUNK_BYTES), aligned, length})
+    aligned = length - length % ALIGN_BYTES
+    edges = sorted({*range(0, aligned, CHUNK_BYTES), aligned, length})
     for start, stop in itertools.pairwise(edges):
         step_hook(f"chunk:{path}")
         with view[start:stop] as chunk:

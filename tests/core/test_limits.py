@@ -13,7 +13,6 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import MAX_HEADER_BYTES, TensorSpec, header_bytes, parse_file, plan_file
 from async_ckpt.core.manifest import check_path, checkpoint_name, decode_manifest
 from async_ckpt.core.protocol import Layout, Options, Ping, SaveRecord, Staged, decode_from_rank, encode
-from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt.core.slots import SlotPaths
 from async_ckpt_saver.refusals import Refusals
@@ -34,7 +33,7 @@ def spoilt(path: str, value: object) -> bytes:
     return msgspec.msgpack.encode(raw)
 
 
-CLAIM = msgspec.msgpack.decode(encode(REGISTER))["claims"][0]
+BOX = [0, 0, [False, [0], [8]]]
 STAGED = {"type": "Staged", "seq": 1, "slot": 0, "step": 1, "copy_s": 0.0}
 
 
@@ -46,9 +45,14 @@ STAGED = {"type": "Staged", "seq": 1, "slot": 0, "step": 1, "copy_s": 0.0}
         (spoilt("options.timeout_s", limits.MAX_TIMEOUT_S), spoilt("options.timeout_s", limits.MAX_TIMEOUT_S + 1)),
         (spoilt("job", "j" * limits.MAX_NAME_CHARS), spoilt("job", "j" * (limits.MAX_NAME_CHARS + 1))),
         (spoilt("process.pid", limits.MAX_PID), spoilt("process.pid", limits.MAX_PID + 1)),
-        (spoilt("claims", [CLAIM] * limits.MAX_CLAIMS), spoilt("claims", [CLAIM] * (limits.MAX_CLAIMS + 1))),
-        (spoilt("claims", [[0, 0, [False, [0] * n, [1] * n]] for n in (limits.MAX_DIMENSIONS,)]),
-         spoilt("claims", [[0, 0, [False, [0] * n, [1] * n]] for n in (limits.MAX_DIMENSIONS + 1,)])),
+        (spoilt("claims", [b"", b"", [BOX] * limits.MAX_CLAIMS]),
+         spoilt("claims", [b"", b"", [BOX] * (limits.MAX_CLAIMS + 1)])),
+        (spoilt("claims", [bytes(8 * limits.MAX_CLAIMS), b"", []]),
+         spoilt("claims", [bytes(8 * limits.MAX_CLAIMS + 8), b"", []])),
+        (spoilt("claims", [b"", bytes(8 * limits.MAX_CLAIMS), []]),
+         spoilt("claims", [b"", bytes(8 * limits.MAX_CLAIMS + 8), []])),
+        (spoilt("claims", [b"", b"", [[0, 0, [False, [0] * n, [1] * n]] for n in (limits.MAX_DIMENSIONS,)]]),
+         spoilt("claims", [b"", b"", [[0, 0, [False, [0] * n, [1] * n]] for n in (limits.MAX_DIMENSIONS + 1,)]])),
         *((msgspec.msgpack.encode(STAGED | {key: cap}), msgspec.msgpack.encode(STAGED | {key: cap + 1}))
           for key, cap in (("slot", limits.MAX_SLOTS - 1), ("step", limits.MAX_STEP), ("seq", limits.MAX_SEQUENCE))),
         (encode(Ping(unsettled=[1] * limits.MAX_UNSETTLED)), encode(Ping(unsettled=[1] * (limits.MAX_UNSETTLED + 1)))),
@@ -160,6 +164,6 @@ def test_remembered_refusals() -> None:
 
 
 def test_a_region_of_a_message_is_what_was_sent() -> None:
-    assert decode_from_rank(encode(REGISTER)).claims[0].region == Region(False, (0,), (8,))  # type: ignore[union-attr]
+    assert decode_from_rank(encode(REGISTER)).claims.lengths == (8).to_bytes(8, "little")  # type: ignore[union-attr]
     assert decode_from_rank(encode(Staged(seq=1, slot=0, step=2, copy_s=0.5)))
     assert Options(str(DIRECTORY), 1, 2, Policy(), 60.0) == REGISTER.options

@@ -13,6 +13,7 @@ import msgspec
 from async_ckpt.core.processes import process_of
 from async_ckpt.core.protocol import (
     Bye,
+    Claims,
     Failed,
     FromRank,
     FromSaver,
@@ -90,7 +91,7 @@ def real_messages(directory: Path) -> Iterator[FromRank]:
     yield Refuse(options=pair, job="other", rank=1, process=me, reason="no adapter")
     first: Register = msgspec.structs.replace(alone, options=pair, job="pair")
     yield first
-    yield msgspec.structs.replace(first, rank=1, layout=None, layout_hash="other", claims=[])
+    yield msgspec.structs.replace(first, rank=1, layout=None, layout_hash="other", claims=Claims(b"", b"", []))
 
 
 def joined(payloads: Iterator[tuple[int, bytes]]) -> bytes:

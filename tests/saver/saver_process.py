@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 import zmq
 
+from async_ckpt.core.claims import pack_claims
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.keys import ClientKeys
 from async_ckpt.core.layout import TensorSpec, plan_file
@@ -66,7 +67,7 @@ def register(directory: Path, *, job: str = "job", **changes: Any) -> Register:
         shm=shm_identity(),
         layout_hash="h",
         layout=LAYOUT,
-        claims=[Claim(0, 0, Region(False, (0,), (8,)))],
+        claims=pack_claims([FILE], [Claim(0, 0, Region(False, (0,), (8,)))])[0],
         versions={},
     )
     return msgspec.structs.replace(message, **changes)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from async_ckpt.core.claims import pack_claims
 from async_ckpt.core.manifest import committed, read_manifest
 from async_ckpt.core.processes import process_of
 from async_ckpt.core.protocol import (
@@ -33,7 +34,7 @@ from async_ckpt.core.protocol import (
 from async_ckpt.core.region import Region
 from async_ckpt.core.slots import Phase, SlotPaths, StateFile, read_journals
 from tests.fuzz.messages import FuzzedSaver
-from tests.saver.saver_process import LAYOUT, register
+from tests.saver.saver_process import FILE, LAYOUT, register
 
 WORLD = 2
 RANKS = st.integers(0, WORLD - 1)
@@ -65,7 +66,8 @@ class Conversations(RuleBasedStateMachine):
         message = register(self.root / "run", job=str(self.job))
         self.say(rank, msgspec.structs.replace(
             message, rank=rank, options=msgspec.structs.replace(message.options, world=world), layout_hash=hash,
-            layout=LAYOUT if rank == 0 else None, claims=[Claim(0, 0, Region(False, (rank * 4,), (4,)))],
+            layout=LAYOUT if rank == 0 else None,
+            claims=pack_claims([FILE], [Claim(0, 0, Region(False, (rank * 4,), (4,)))])[0],
         ))  # fmt: skip
 
     @rule()
