@@ -12,6 +12,7 @@ from .summary import Summary, summaries
 
 TC, DCP, OVERLAP, SYNC, BUFFERED = "torch-checkpointing", "dcp.async", "overlap", "sync", "buffered"
 SAVER_BYTES = 20e6
+_MANY = 1024  # ranks from which on the goals of scale are judged
 
 
 @dataclass(frozen=True)
@@ -112,5 +113,16 @@ def _saver(run: dict[str, Any]) -> Iterator[Verdict]:
     spawn_s, idle = median(saver["spawn_s"]), saver["idle_cpu"]
     yield Verdict("spawn to first answer", spawn_s, 0.1, "s", f"median of {len(saver['spawn_s'])}")
     yield Verdict("idle CPU of the saver", idle * 100, 0.1, "%", f"of one core, {saver['idle_ranks']} ranks attached")
+    largest = max(run["scale"], key=lambda row: int(row["ranks"]))
+    if largest["ranks"] >= _MANY:
+        ranks = f"{largest['ranks']} ranks x {largest['tensors']} tensors"
+        yield Verdict("registered, coverage proven", largest["registered_s"], 20.0, "s", ranks)
+        loop_us, all_us = (largest[key] / largest["ranks"] * 1e6 for key in ("save_loop_cpu_s", "save_cpu_s"))
+        yield Verdict(
+            "CPU a rank and save, the saver's loop", loop_us, 15.0, "us", f"{ranks}; all threads {all_us:.0f} us"
+        )
+        smaller = min(run["scale"], key=lambda row: int(row["ranks"]))
+        growth = (largest["registering_cpu_s"] / largest["ranks"]) / (smaller["registering_cpu_s"] / smaller["ranks"])
+        yield Verdict("registration a rank, many / few", growth, 1.0, "x", f"{ranks} / {smaller['ranks']} ranks")
     for size in saver["memory"]:
         yield Verdict("the saver's private memory, 8 ranks", size["uss"] / 1e6, SAVER_BYTES / 1e6, "MB", size["title"])

@@ -28,6 +28,11 @@ def _cpu_s(pid: int) -> float:
         return 0.0
 
 
+def main_thread_cpu_s(pid: int) -> float:
+    """Of its first thread alone, in which an event loop runs."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
 def children(pid: int) -> list[int]:
     """All descendants of `pid` that are alive."""
     found: list[int] = []

@@ -163,7 +163,10 @@ class Desk:
     # --- registration ----------------------------------------------------------------------------------------------
 
     def _run_of(self, identity: bytes) -> LiveRun | None:
-        return next((run for run in self._runs if identity in run.ranks), None)
+        for run in self._runs:  # asked several times a message
+            if identity in run.ranks:
+                return run
+        return None
 
     def _displaces(self, identity: bytes, message: Register) -> bool:
         """Whether this is not one more rank of the registration, but somebody in its way."""
