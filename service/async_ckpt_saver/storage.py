@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from async_ckpt.core.errors import CheckpointError
 
 from .filesystem import fsync_directory
+from .temporaries import probe
 
 
 def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
@@ -29,9 +29,7 @@ def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
 
     try:
         with below_root(str(directory), root) as place:
-            fd, probe = tempfile.mkstemp(prefix=".async-ckpt-probe-", dir=place)
-            os.close(fd)
-            os.unlink(probe)
+            probe(place)
     except OSError as error:
         undo()
         denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -13,6 +13,7 @@ from async_ckpt.core.errors import CheckpointError
 _NONCE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIRECTORY = re.compile(r"\.checkpoint-[0-9]{1,18}\.[A-Za-z0-9_-]{1,64}\.(tmp|trash)")
 _LINK = re.compile(r"\.latest\.[A-Za-z0-9_-]{1,64}\.tmp")
+_PROBE = re.compile(r"\.probe\.[A-Za-z0-9_-]{1,64}\.tmp")
 # Names that this process is working under. A trainer that starts again makes the saver sweep its directory while the
 # last step of its former life may still be on its way to disk.
 _claimed: set[str] = set()
@@ -20,6 +21,16 @@ _claimed: set[str] = set()
 
 def new_nonce() -> str:
     return os.urandom(6).hex()
+
+
+def probe(directory: str | os.PathLike[str]) -> None:
+    """Prove that files can be made in `directory`. Raises OSError."""
+    name = f".probe.{new_nonce()}.tmp"
+    path = os.path.join(directory, name)
+    with claim(name):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with contextlib.suppress(FileNotFoundError):  # swept by another saver
+            os.unlink(path)
 
 
 def check_nonce(nonce: str) -> None:
@@ -67,7 +78,7 @@ def _is_held(path: str) -> bool:
 
 
 def leftovers(directory: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """Directories and symbolic links in `directory` that bear our names and are not claimed. Raises OSError."""
+    """What bears our names in `directory` and is not claimed: directories, symbolic links, probes. Raises OSError."""
     with os.scandir(directory) as entries:
         return [entry for entry in entries if entry.name not in _claimed and _is_ours(entry)]
 
@@ -75,5 +86,7 @@ def leftovers(directory: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
 def _is_ours(entry: os.DirEntry[str]) -> bool:
     if entry.is_symlink():
         return _LINK.fullmatch(entry.name) is not None
+    if entry.is_file(follow_symlinks=False):
+        return _PROBE.fullmatch(entry.name) is not None
     named = _DIRECTORY.fullmatch(entry.name) is not None and entry.is_dir(follow_symlinks=False)
     return named and not _is_held(entry.path)

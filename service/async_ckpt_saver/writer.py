@@ -141,7 +141,7 @@ def sweep(directory: str | os.PathLike[str]) -> list[str]:
     removed = []
     try:
         for entry in leftovers(directory):
-            if entry.is_symlink():
+            if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.path)
                 removed.append(entry.name)
             elif remove_tree(entry.path):

@@ -358,10 +358,11 @@ def test_sweep_removes_what_killed_savers_left_and_nothing_else(
                ".checkpoint-5.a.b.tmp", "x.checkpoint-5.abc.tmp", "checkpoint-2", "other"]  # fmt: skip
     for name in foreign:
         (run / name).mkdir()
+    (run / ".probe.abc.tmp").touch()
     (run / ".checkpoint-6.abc.tmp").write_bytes(b"a file with such a name is not ours")
     os.symlink(tmp_path / "elsewhere", run / ".checkpoint-8.abc.tmp")
     removed = sweep(run)
-    assert sorted(removed) == [".checkpoint-5.abc.tmp", ".checkpoint-7.x-_9.trash", ".latest.abc.tmp"]
+    assert sorted(removed) == [".checkpoint-5.abc.tmp", ".checkpoint-7.x-_9.trash", ".latest.abc.tmp", ".probe.abc.tmp"]
     expected = [*foreign, "checkpoint-1", "latest", ".checkpoint-6.abc.tmp", ".checkpoint-8.abc.tmp"]
     assert sorted(os.listdir(run)) == sorted(expected)
     assert (tmp_path / "elsewhere").is_dir()
