@@ -18,10 +18,10 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint docs tools fuzz clean
+.PHONY: help demo test test-all test-crash bench lint docs tools fuzz clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## train on two ranks, kill them, go on from RAM: about 2 minutes on 2 cores
 	@$(BIN)/python examples/demo.py

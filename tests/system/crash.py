@@ -1,6 +1,6 @@
 """Kills, many times: what was acknowledged or staged is never lost, nothing torn or partial is ever published.
 
-    python -m tests.system.crash --trials 300 --seed 1
+    python -m tests.system.crash --trials 400 --seed 1
 
 A trial trains on two ranks with a real saver, saves in every step, kills somebody, starts the job again, and looks at
 what lies in the directory: right after the kill, and when everything has ended. Every trained value equals the number
@@ -206,6 +206,7 @@ def points(folder: Path, *, wrapped_by: Callable[[Path], Sequence[str]] | None =
         with Job("tests.system.crash:train", WORLD, folder, str(KEEP_LAST), env=_named(saver)) as job:
             job.wait(60)
         until(lambda: not runs_of(folder / "runs"), "no slot is left", 30)
+    until(lambda: not savers(folder), "whoever watched the saver has ended")
     return Counter(log.read_text(errors="replace").splitlines())
 
 
@@ -271,7 +272,7 @@ def _end_leftovers(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--trials", type=int, default=300)
+    parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=3)
     options = parser.parse_args()
