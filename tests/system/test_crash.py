@@ -73,9 +73,9 @@ def _changes(line: str) -> str | None:
         arguments = arguments.partition(",")[2]
     if call == "unlinkat" and "AT_REMOVEDIR" in arguments:
         call = "rmdir"
-    (descriptor, name), *_ = re.findall(
-        r'(?:<(/[^>]*)>)?(?:, )?(?:"([^"]*)")?', arguments.lstrip(" AT_FDCWD0123456789")
-    )
+    first = re.match(r'\s*(?:AT_FDCWD|\d+)?(?:<(/[^>]*)>)?(?:, )?(?:"([^"]*)")?', arguments)
+    assert first is not None
+    descriptor, name = first.groups(default="")
     path = name if name.startswith("/") else f"{descriptor}/{name}".rstrip("/")
     return _below_runs(_AS_PYTHON_SAYS.get(call, call), dying_saver.normal(path))
 
