@@ -26,6 +26,7 @@ from . import restoring
 from .client import Client
 from .files import own_files
 from .handle import SaveHandle
+from .loading import fence_before_loading
 from .mapped import Slot
 from .plan import Plan, save_record
 from .restore import Restored
@@ -95,6 +96,7 @@ class Checkpointer:
         self._use(joined)
         self._restored_or_warned = self._resume is None or settings.rank != 0
         self._hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before_step())
+        self._unhook_loading = fence_before_loading(model, self.fence)
         self._pid = os.getpid()
         atexit.register(self._at_exit)
 
@@ -144,8 +146,8 @@ class Checkpointer:
         return 0 if self._newest_step is None else self._newest_step + 1
 
     def fence(self) -> None:
-        """After this no copy reads a parameter any more. Every torch optimizer's `step` calls it by itself; call it
-        before anything else that writes to parameters: merging adapters, EMA swaps, `model.to`."""
+        """After this no copy reads a parameter any more. Every torch optimizer's `step`, and `load_state_dict`, call it
+        by themselves; call it before anything else that writes into parameters in place, such as EMA swaps."""
         waited_s = self._staging.fence()
         if self._last is not None and waited_s > 0:
             self._stats.add_stall(self._last, waited_s)
@@ -414,6 +416,7 @@ class Checkpointer:
             return
         self._closed = True
         self._hook.remove()
+        self._unhook_loading()
         self._staging.close(copy_timeout_s)
         self._client.close()
         atexit.unregister(self._at_exit)

@@ -17,7 +17,7 @@ from torch import nn
 import async_ckpt
 from tests.system.crash_checks import ADAPTER, check_values
 from tests.system.processes import run_cases
-from tests.system.training import adamw, attach, forward, rank, trained, wrapped
+from tests.system.training import attach, forward, rank, trained, wrapped
 from tests.tiny_llama import lora
 
 _LIMIT_S = 60.0
