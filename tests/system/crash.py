@@ -47,7 +47,7 @@ def train(folder: str, keep_last: str = "") -> None:
     from async_ckpt import attach
     from tests.system.training import rank, reached, trained
 
-    model = _model()
+    model = make_model()
     optimizer = torch.optim.SGD(trained(model), lr=1.0)
     staged, committed = (crash_checks.open_notes(folder, what, rank()) for what in ("staged", "committed"))
     handles = []
@@ -78,7 +78,7 @@ def resume(folder: str) -> None:
     from async_ckpt import attach
     from tests.system.training import trained
 
-    model = _model()
+    model = make_model()
     with attach(model, directory=Path(folder, "runs"), timeout_s=30) as ckpt:
         restored = ckpt.restore()
         assert restored is not None
@@ -88,7 +88,7 @@ def resume(folder: str) -> None:
             assert bool((local == restored.step).all()), f"{restored.step}: {torch.unique(local)}"
 
 
-def _model() -> Any:
+def make_model() -> Any:
     from tests.system.training import wrapped
     from tests.tiny_llama import lora
 

@@ -35,12 +35,14 @@ def check_published(folder: Path, keep_last: int | None) -> None:
     """At any moment, also while nobody has cleaned up: what has its final name is whole, `latest` names one of them,
     and what a rank was told to be committed is there."""
     directory = folder / "runs"
+    link = directory / "latest"
+    latest = os.readlink(link) if link.is_symlink() else None  # before what it may name: a saver may be at work
     found = published(directory)
     _none_lost(noted(folder, "committed"), set(found), keep_last)
     for step, path in found.items():
         check_whole(path, step)
-    if (directory / "latest").is_symlink():
-        assert os.readlink(directory / "latest") in {path.name for path in found.values()}
+    names = {path.name for path in found.values()}
+    assert latest is None or latest in names, f"latest names {latest}, there are {sorted(names)}"
 
 
 def check_final(folder: Path, keep_last: int | None) -> None:

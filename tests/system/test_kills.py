@@ -10,8 +10,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import torch
 import torch.distributed as dist
 
 import async_ckpt
@@ -284,74 +282,6 @@ def daemon_and_ranks_then_a_new_daemon(folder: Path) -> None:
     only(folder, 1, 2)
 
 
-# --- torn copies ---------------------------------------------------------------------------------------------------
-
-SAVES = 100
-_IMPLEMENTATIONS = {"foreach": {"foreach": True}, "fused": {"fused": True}, "for-loop": {"foreach": False}}
-
-
-def counting_adamw(model: torch.nn.Module, **options: bool) -> torch.optim.AdamW:
-    """Each `step` adds exactly 1 to every value, so a file of one number is a file of one moment."""
-    optimizer = adamw(model, lr=1.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, **options)
-    with torch.no_grad():
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            parameter.zero_()
-            parameter.grad = torch.full_like(parameter, -1.0)
-    return optimizer
-
-
-def distinct_values(path: Path) -> set[float]:
-    tensors = safetensors.torch.load_file(path / "adapter_model.safetensors")
-    assert len(tensors) > 0
-    return {bound for tensor in tensors.values() for bound in (tensor.min().item(), tensor.max().item())}
-
-
-def torn_files(folder: Path, kind: str, implementation: str, *, fence: bool) -> int:
-    """How many of `SAVES` checkpoints hold anything but the values at the moment of the save."""
-    model = wrapped(kind, hidden_size=192, intermediate_size=512)
-    step(model, adamw(model))
-    optimizer = counting_adamw(model, **_IMPLEMENTATIONS[implementation])
-    torn = 0
-    with attach(model, optimizer, directory=folder, keep_last=4, timeout_s=_LIMIT_S) as ckpt:
-        if not fence:
-            ckpt._hook.remove()
-        handles = []
-        for number in range(1, SAVES + 1):
-            optimizer.step()
-            handles.append(ckpt.save(number))
-            if len(handles) > 2:
-                torn += is_torn(handles.pop(0))
-        torn += sum(is_torn(handle) for handle in handles)
-    return torn
-
-
-def is_torn(handle: async_ckpt.SaveHandle) -> bool:
-    path = handle.wait()
-    return rank() == 0 and distinct_values(path) != {float(handle.step)}
-
-
-def torn(folder: str, fence: str) -> None:
-    for kind in ("fsdp2", "fsdp1"):
-        for implementation in _IMPLEMENTATIONS if fence else ["foreach"]:
-            count = torn_files(Path(folder, f"{kind}-{implementation}"), kind, implementation, fence=bool(fence))
-            print(f"{kind} {implementation}: {count} of {SAVES} torn", flush=True)
-            if fence:
-                assert count == 0
-            elif rank() == 0:
-                assert count > 0
-
-
-def nothing_is_torn(folder: Path) -> None:
-    with Job(f"{_HERE}:torn", 2, folder, "with the fence") as job:
-        job.wait()
-
-
-def without_the_fence_something_is_torn(folder: Path) -> None:
-    """The test above can see what it looks for."""
-    with Job(f"{_HERE}:torn", 2, folder, "") as job:
-        job.wait()
-
-
 SCENARIOS: dict[str, Scenario] = {
     "all_ranks_after_staged-fsdp2": lambda folder: all_ranks_after_staged(folder, "fsdp2"),
     "all_ranks_after_staged-fsdp1": lambda folder: all_ranks_after_staged(folder, "fsdp1"),
@@ -364,8 +294,6 @@ SCENARIOS: dict[str, Scenario] = {
             embedded_saver_twice,
             saver_and_ranks_then_a_new_job,
             daemon_and_ranks_then_a_new_daemon,
-            nothing_is_torn,
-            without_the_fence_something_is_torn,
         )
     },
 }
