@@ -32,6 +32,9 @@ test: lint ## lint, then the tests; PYTEST_ARGS='-k name' chooses
 test-all: lint ## all tests, the slow ones too: every tuner under every wrapper
 	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 
+test-crash: $(READY) ## 400 kills, at random and before each system call of a commit; 15 minutes; CRASH_ARGS='--seed 2'
+	@$(BIN)/python -m tests.system.crash $(CRASH_ARGS)
+
 bench: $(READY) ## against what could be picked instead, about 10 minutes; ARGS=--quick: one
 	@$(PIP) install -e '.[bench]'
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.crash_ways import PEERS
 from tests.ranks import RanksError
-from tests.system.crash_checks import note, noted, open_notes
+from tests.system.crash_checks import note, open_notes
 from tests.system.processes import Job, home, remove_home, savers, until
 
 WORLD = 2
@@ -150,8 +150,9 @@ def trial(peer: str, kill: Kill, folder: Path, chance: random.Random) -> Counter
         reached_the_end = job.statuses == [0] * WORLD
     left = [] if reached_the_end else _still_working(folder)
     _end(folder)
-    on_all = set.intersection(*(_own(folder, "staged", rank) for rank in range(WORLD)))
-    acknowledged = noted(folder, "committed")
+    on_all, acknowledged = (
+        set.intersection(*(_own(folder, what, rank) for rank in range(WORLD))) for what in ("staged", "committed")
+    )
     with Job("benchmarks.crash_peers:judge", WORLD, folder, peer) as job:
         job.wait(90)
     _end(folder)

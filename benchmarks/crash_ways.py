@@ -1,7 +1,7 @@
 """async_ckpt and its peers as `crash_peers` drives them, each called as its own documentation says.
 
-Each has `save`, `staged` (returns when parameters may be written again), `committed` (returns when the peer acknowledges
-the save), `load` (into the model; raises if it cannot) and `close`.
+Each has `save`, `staged` (returns when parameters may be written again), `committed` (returns when the peer
+acknowledges the save), `load` (into the model; raises if it cannot) and `close`.
 """
 
 from __future__ import annotations
