@@ -73,6 +73,9 @@ def calling() -> str:
 
 def normal(path: str) -> str:
     """The same for every run, step, slot, rank and attempt: what the point is called after."""
+    held = re.match(r"/proc/self/fd/\d+", path)
+    if held is not None:  # the directory that the saver holds open
+        path = os.readlink(held[0]) + path[held.end() :]
     path = re.sub(r"^.*/async-ckpt-\d+/[0-9a-f]{12}-[0-9a-f]{16}(/|$)", r"shm\1", path)
     path = re.sub(r"^.*/ackpt-\w+/[^/]+", "job", path)
     path = re.sub(r"\.([a-z]+(?:-\d+)?)\.[0-9a-zA-Z_-]+\.(tmp|trash)", r".\1.\2", path)
