@@ -26,12 +26,15 @@ from async_ckpt.core.retention_policy import KeepBest, Policy
 from async_ckpt.core.slots import shm_identity
 from async_ckpt.core.transport import transport_of
 
-from .checkpointer import Checkpointer, Joined, Settings
+from .checkpointer import Checkpointer
 from .client import Client, SaverRestarted
 from .embedded import EmbeddedSaver
+from .joined import Joined, Settings
 from .mapped import Slot
+from .notices import require_main_thread
 from .plain_model import Weights
 from .plan import Plan, Selection, plan_checkpoint
+from .preemption import Preemption
 from .staging import Staging
 from .topology import Topology, discover
 from .training_state import Stateful, make_parts
@@ -66,6 +69,7 @@ def attach(
     stateful: Mapping[str, Stateful] | None = None,
     files: Mapping[str, bytes] | None = None,
     verify_replicas: bool = False,
+    preemption: bool = False,
 ) -> Checkpointer:
     """Prepare checkpoints of the PEFT adapter in `model`, or of the whole model if it is a transformers model without
     one; afterwards `save` costs next to nothing.
@@ -92,18 +96,25 @@ def attach(
 
     `files` (path -> bytes, as rank 0 gives them) lie beside the weights in every checkpoint: a tokenizer, a licence.
 
+    `preemption`: SIGTERM or SIGUSR1 on any rank means that the job will be ended. All ranks then agree, without a
+    collective, on one optimizer step, at which `Checkpointer.preempted` turns true and which is saved. Ranks must make
+    their optimizer steps alike, and attach in the main thread. The same signal more than 5 s later acts as it did
+    before.
+
     Raises CheckpointError, on every rank with the same reason, saying what to change.
     """
     path = Path(directory).expanduser().resolve()
     _check_arguments(slots, when_busy, staging, timeout_s)
     if weights not in ("auto", "trainable", "all"):
         raise CheckpointError(f"weights={weights!r}: give 'auto', 'trainable' or 'all'")
+    if preemption:
+        require_main_thread()
     policy = Policy(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
     if path in _attached:
         raise CheckpointError(f"{path} is attached already in this process: close() the earlier Checkpointer first")
     topology = discover()
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-    options = Options(str(path), topology.world, slots, policy, float(timeout_s), verify_replicas)
+    options = Options(str(path), topology.world, slots, policy, float(timeout_s), verify_replicas, preemption)
     endpoint = saver or os.environ.get(_SAVER_VARIABLE)
     if not names:
         raise CheckpointError("adapter_name is empty: name at least one adapter")
@@ -131,7 +142,14 @@ def attach(
     where = f"the saver's log, {embedded.log_path}" if embedded is not None else f"the log of the saver at {endpoint}"
     settings = Settings(path, Path(directory).expanduser(), topology.rank, when_busy, float(timeout_s), where)
     _attached.add(path)
-    return Checkpointer(model, settings, joined, rejoin=join, on_close=lambda: _attached.discard(path))
+    return Checkpointer(
+        model,
+        settings,
+        joined,
+        preemption=Preemption() if preemption else None,
+        rejoin=join,
+        on_close=lambda: _attached.discard(path),
+    )
 
 
 def _read_keys() -> ClientKeys | None:

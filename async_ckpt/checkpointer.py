@@ -9,58 +9,32 @@ import operator
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import checkpoint_name
-from async_ckpt.core.protocol import Failed, SaveRecord, Settled, Skipped, Staged, Started
+from async_ckpt.core.protocol import SaveRecord, Settled
 
 from . import restoring
-from .client import Client
 from .files import own_files
 from .handle import SaveHandle
+from .joined import Joined, Settings
 from .loading import fence_before_loading
-from .mapped import Slot
-from .plan import Plan, save_record
+from .plan import save_record
+from .preemption import Preemption
 from .restore import Restored
 from .restoring import Found
+from .saves import Saves
 from .sharding import reshard
-from .staging import Copy, MakeRecord, Staging
-from .stats import Stats
 
 log = logging.getLogger(__name__)
 
 _LEAVE_S = 10.0  # how long a process that ends by an exception, or without close(), waits for its own copies
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user chose, as far as a Checkpointer needs it. `directory` is absolute; `given` is how the user named
-    it, and names the paths that are returned. `saver` says in an error where to look next."""
-
-    directory: Path
-    given: Path
-    rank: int
-    when_busy: Literal["wait", "skip"]
-    timeout_s: float
-    saver: str
-
-
-@dataclass(frozen=True)
-class Joined:
-    """A run that every rank has joined."""
-
-    plan: Plan
-    staging: Staging
-    client: Client
-    started: Started
 
 
 class Checkpointer:
@@ -76,6 +50,7 @@ class Checkpointer:
         settings: Settings,
         joined: Joined,
         *,
+        preemption: Preemption | None,
         rejoin: Callable[[], Joined],
         on_close: Callable[[], None],
     ) -> None:
@@ -85,17 +60,12 @@ class Checkpointer:
         self._on_close = on_close
         self._resume = joined.started.resume
         self._newest_step = joined.started.newest_step  # no later save may go below
-        self._open: dict[int, SaveHandle] = {}  # step -> handle, until the saver has settled it
-        self._last: SaveHandle | None = None
-        self._committed: SaveHandle | None = None
-        self._stuck: SaveHandle | None = None  # the occupant of a slot that was waited for in vain
-        self._failed: list[SaveHandle] = []  # since the last wait()
-        self._lost: str | None = None
         self._closed = False
-        self._stats = Stats()
+        self._preemption = preemption
+        self._saves = Saves(settings, joined)
         self._use(joined)
         self._restored_or_warned = self._resume is None or settings.rank != 0
-        self._hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before_step())
+        self._hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before_step(optimizer))
         self._unhook_loading = fence_before_loading(model, self.fence)
         self._pid = os.getpid()
         atexit.register(self._at_exit)
@@ -121,20 +91,16 @@ class Checkpointer:
         started_s = time.perf_counter()
         step = self._check_save(step)
         record = save_record(step, metrics, extra, own_files(files, self._plan.paths))
-        if self._plan.outdated:
-            self._renew()
-        slot = self._staging.slots[self._calls % len(self._staging.slots)]
-        self._calls += 1  # also when skipped: all ranks must go through the slots in step
         self._newest_step = step
-        self._stats.saves += 1
-        handle = SaveHandle(step, self._settings.given / checkpoint_name(step), self._settings.timeout_s)
-        self._last = handle
-        if self._lost is not None:
-            self._end(handle, "failed", self._lost)
-        elif self._slot_free(slot, handle):
-            self._begin(slot, handle, record)
-        self._stats.add_stall(handle, time.perf_counter() - started_s)
-        return handle
+        handle = self._instead(step)
+        return handle if handle is not None else self._start(record, started_s)
+
+    @property
+    def preempted(self) -> bool:
+        """Whether this job is about to be ended (SIGTERM or SIGUSR1 on any rank, with attach's `preemption`): save and
+        leave. Turns true at the same optimizer step on every rank, so read it after `optimizer.step()`; costs nothing
+        to speak of. The step at which it turns true is saved, if not by the training loop then by itself."""
+        return self._preemption is not None and self._preemption.preempted
 
     @property
     def rank(self) -> int:
@@ -149,8 +115,8 @@ class Checkpointer:
         """After this no copy reads a parameter any more. Every torch optimizer's `step`, and `load_state_dict`, call it
         by themselves; call it before anything else that writes into parameters in place, such as EMA swaps."""
         waited_s = self._staging.fence()
-        if self._last is not None and waited_s > 0:
-            self._stats.add_stall(self._last, waited_s)
+        if self._saves.last is not None and waited_s > 0:
+            self._saves.stats.add_stall(self._saves.last, waited_s)
 
     def restore(
         self, checkpoint: str | int | os.PathLike[str] = "latest", *, training_state: bool = True
@@ -181,14 +147,16 @@ class Checkpointer:
         if path.parent.resolve() == self._settings.directory:
             self._newest_step = step if self._newest_step is None else max(step, self._newest_step)
             given = self._settings.given / path.name
+        if self._preemption is not None:
+            self._preemption.restored(step)
         return Restored(step, dict(description.metrics), description.extra, source, given)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when every save so far has its outcome. Raises CheckpointError for the first one that failed, unless
         its handle has said so already."""
-        open_now = list(self._open.values())
-        failed, self._failed = self._failed, []
-        for handle in [*failed, *open_now]:
+        self._save_if_due()
+        open_now = list(self._saves.open.values())
+        for handle in [*self._saves.take_failed(), *open_now]:
             # One that failed here is open until the saver has settled it.
             if handle.failed_unnoticed or (handle in open_now and handle.state != "failed"):
                 handle.wait(timeout_s)
@@ -198,8 +166,9 @@ class Checkpointer:
         saved is logged, and its handle says why."""
         if self._closed:
             return
+        self._save_if_due()
         deadline_s = time.monotonic() + self._settings.timeout_s
-        for handle in list(self._open.values()):
+        for handle in list(self._saves.open.values()):
             try:
                 handle.wait(max(0.0, deadline_s - time.monotonic()))
             except CheckpointError as error:
@@ -208,7 +177,7 @@ class Checkpointer:
 
     def stats(self) -> dict[str, float]:
         """Counts and seconds since attach, flat, for a logger of metrics."""
-        return dataclasses.asdict(self._stats)
+        return dataclasses.asdict(self._saves.stats)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -221,30 +190,37 @@ class Checkpointer:
         else:
             self._leave(_LEAVE_S)  # other ranks may never stage what is open: the saver decides, we do not wait
 
-    def _before_step(self) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._restored_or_warned:
             self._restored_or_warned = True
             log.warning("%s holds checkpoint-%s, and restore() was not called: training begins anew",
                         self._settings.given, self._newest_step)  # fmt: skip
+        if self._preemption is not None:
+            if self._preemption.begins(optimizer):
+                self._save_if_due()
+            self._preemption.begin(optimizer)
         self.fence()
 
     # --- the run it belongs to -------------------------------------------------------------------------------------
 
     def _use(self, joined: Joined) -> None:
         self._plan, self._staging, self._client = joined.plan, joined.staging, joined.client
-        self._calls = 0
-        self._occupants: dict[int, SaveHandle] = {}  # slot -> the last save that went into it
-        self._client.listen(on_settled=self._settled, on_lost=self._on_lost)
+        self._saves.use(joined)
+        if self._preemption is not None:
+            self._preemption.join(joined.client)
+        self._client.listen(
+            on_settled=self._settled,
+            on_lost=self._on_lost,
+            on_turn=self._preemption.on_turn if self._preemption is not None else lambda incarnation: None,
+            on_word=self._preemption.on_word if self._preemption is not None else lambda word: None,
+        )
 
     def _renew(self) -> None:
         """Go on in a new run, with the layout that the model has now. The ranks' models change alike, so all of them
         come here in the same save; it is the one kind of save in which ranks wait for each other."""
-        if self._lost is not None:
+        if self._saves.lost is not None:
             return
-        for handle in list(self._open.values()):
-            if not handle.wait_released(self._settings.timeout_s):
-                self._end(handle, "failed", f"not settled after {self._settings.timeout_s:g} s")
-        self._open.clear()
+        self._saves.release(self._settings.timeout_s)
         self._staging.close()
         self._client.close()
         try:
@@ -253,6 +229,18 @@ class Checkpointer:
             if not isinstance(error, CheckpointError):
                 log.exception("the new layout could not be planned")
             self._on_lost(f"the model has changed, and the new layout was refused: {error}")
+
+    def _settled(self, settled: Settled) -> None:
+        self._saves.settled(settled)
+        if self._preemption is not None:
+            self._preemption.settled(settled.step)
+
+    def _on_lost(self, reason: str) -> None:
+        if self._closed:
+            return
+        self._saves.lose(reason)
+        if self._preemption is not None:
+            self._preemption.lost()
 
     # --- one save --------------------------------------------------------------------------------------------------
 
@@ -265,7 +253,7 @@ class Checkpointer:
             raise CheckpointError(f"save({step}) after close(): attach again to save more")
         if self._newest_step is None or step > self._newest_step:
             return step
-        if self._last is not None:
+        if self._saves.last is not None:
             raise CheckpointError(f"save({step}): step {self._newest_step} was saved already, and steps must grow: "
                                   f"count over all epochs")  # fmt: skip
         raise CheckpointError(
@@ -274,138 +262,44 @@ class Checkpointer:
             f"an older one, move the newer ones away"
         )
 
-    def _slot_free(self, slot: Slot, handle: SaveHandle) -> bool:
-        """Wait for the slot as `when_busy` says. If it stays busy, `handle` is ended and the other ranks are told."""
-        occupant = self._occupants.get(slot.index)
-        if occupant is None or occupant.released:
-            return True
-        if self._settings.when_busy == "skip":
-            self._give_up(slot, handle, "skipped", f"slot {slot.index} still holds step {occupant.step}")
-            return False
+    def _start(self, record: SaveRecord, started_s: float, *, inferred: bool = False) -> SaveHandle:
+        due = self._preemption is not None and self._preemption.due
+        if self._plan.outdated:
+            self._renew()
+        handle = self._saves.start(record, when_busy="wait" if due else self._settings.when_busy)
+        if self._preemption is not None:
+            self._preemption.saved(handle, due=due, inferred=inferred)
+        self._saves.stats.add_stall(handle, time.perf_counter() - started_s)
+        return handle
+
+    def _save_if_due(self) -> None:
+        """Save the step that the ranks agreed on, in the last moment at which the parameters are still its own."""
+        if self._preemption is None or self._closed or not self._preemption.due:
+            return
         started_s = time.perf_counter()
-        # Once waited for in vain, and nothing heard of the saver since: every save would cost the whole timeout.
-        hopeless = occupant is self._stuck and self._client.silent()
-        free = occupant.wait_released(0.0 if hopeless else self._settings.timeout_s)
-        self._stuck = None if free else occupant
-        self._stats.busy_wait_s += time.perf_counter() - started_s
-        if not free:
-            held = f"slot {slot.index} still holds step {occupant.step}"
-            if self._client.silent():
-                reason = f"{held}, and {self._client.silence}"
-            else:
-                reason = (f"{held} after {self._settings.timeout_s:g} s: storage does not keep up, see "
-                          f"{self._settings.saver}")  # fmt: skip
-            self._give_up(slot, handle, "failed", reason)
-        return free
-
-    def _give_up(self, slot: Slot, handle: SaveHandle, outcome: Literal["skipped", "failed"], reason: str) -> None:
-        self._end(handle, outcome, reason)
-        index, step = slot.index, handle.step
-        self._staging.after_copies(
-            lambda: self._client.report(lambda seq: Skipped(seq=seq, slot=index, step=step, reason=reason))
-        )
-
-    def _begin(self, slot: Slot, handle: SaveHandle, record: SaveRecord) -> None:
-        self._open[handle.step] = self._occupants[slot.index] = handle
-        self._client.expect(handle.step)
-        if self._lost is not None:  # said by the client's thread just now
-            self._open.pop(handle.step, None)
-            self._end(handle, "failed", self._lost)
-            handle.release()
-            return
         try:
-            copy = self._staging.begin(slot, handle.step, self._record_maker(record), self._copied)
-        except Exception as error:
-            if not isinstance(error, CheckpointError):
-                log.exception("step %d could not be staged", handle.step)
-            self._fail(slot, handle, str(error) or repr(error))
-        else:
-            handle.begin(copy)
+            record = save_record(self._preemption.number(self._newest_step), None, None)
+            self._start(record, started_s, inferred=True)
+        except CheckpointError as error:  # training goes on
+            log.error("the step to resume from could not be saved: %s", error)
 
-    def _record_maker(self, record: SaveRecord) -> MakeRecord:
-        """Documents are taken now and encoded later. Ranks other than 0 write a record only if they have one of their
-        own."""
-        state, rank = self._plan.state, self._settings.rank
-        documents = state.snapshot() if state is not None else dict
-
-        def make() -> SaveRecord | None:
-            found = documents() | (record.documents if rank == 0 else {})
-            return msgspec.structs.replace(record, documents=found) if found or rank == 0 else None
-
-        return make
-
-    def _fail(self, slot: Slot, handle: SaveHandle, reason: str) -> None:
-        """This rank could not stage: the others must not wait for it. The slot is free when the saver has settled."""
-        self._end(handle, "failed", reason)
-        index, step = slot.index, handle.step
-        self._staging.after_copies(
-            lambda: self._client.report(lambda seq: Failed(seq=seq, slot=index, step=step, reason=reason))
-        )
-
-    def _end(self, handle: SaveHandle, outcome: Literal["skipped", "failed"], reason: str) -> None:
-        if handle.end(outcome, reason):
-            self._stats.ended(handle)
-            if outcome == "failed":
-                self._failed.append(handle)
-            log.log(logging.ERROR if outcome == "failed" else logging.WARNING,
-                    "step %d was not saved (%s): %s", handle.step, outcome, reason)  # fmt: skip
-
-    # --- called by the staging thread and the client's thread -----------------------------------------------------
-
-    def _copied(self, copy: Copy) -> None:
-        handle = self._open.get(copy.step)
-        if copy.error is not None:
-            expected = isinstance(copy.error, CheckpointError)
-            if not expected:
-                log.error("copying step %d failed", copy.step, exc_info=copy.error)
-            if handle is not None:
-                self._fail(copy.slot, handle, str(copy.error) if expected else f"the copy failed: {copy.error!r}")
-            return
-        if handle is not None:
-            handle.copy_s = copy.copy_s
-        slot, step, copy_s = copy.slot.index, copy.step, copy.copy_s
-        self._client.report(lambda seq: Staged(seq=seq, slot=slot, step=step, copy_s=copy_s))
-
-    def _settled(self, settled: Settled) -> None:
-        self._client.unexpect(settled.step)
-        handle = self._open.pop(settled.step, None)
-        if handle is None:
-            return
-        if settled.outcome == "committed":
-            # Whoever waits for the handle may go on at once: to restore it, or to save into its slot.
-            self._committed = handle
-            handle.release()
-            handle.commit(settled)
-            self._stats.ended(handle)
-            if settled.reason:
-                log.warning("step %d was saved, but %s (see %s)", handle.step, settled.reason, self._settings.saver)
-        else:
-            reason = settled.reason
-            if settled.outcome == "failed":
-                reason += f" (see {self._settings.saver})"
-            self._end(handle, settled.outcome, reason)
-        handle.release()
-
-    def _on_lost(self, reason: str) -> None:
-        """The saver has no run of ours any more: say it once, and let training go on without checkpoints."""
-        if self._lost is not None or self._closed:
-            return
-        self._lost = f"{reason} (see {self._settings.saver}); attach again"
-        log.error("no more checkpoints will be saved: %s", self._lost)
-        for handle in list(self._open.values()):
-            self._client.unexpect(handle.step)
-            self._end(handle, "failed", self._lost)
-            handle.release()
-        self._open.clear()
+    def _instead(self, step: int) -> SaveHandle | None:
+        """The answer to a save whose number went to one that was made in the user's stead."""
+        earlier = self._preemption.stands_for(step) if self._preemption is not None else None
+        if self._preemption is None or earlier is None:
+            return None
+        if self._preemption.unchanged:
+            return earlier
+        return self._saves.skip(step, f"the step saved on preemption was called {earlier.step}; steps must grow")
 
     # --- restore and leave -----------------------------------------------------------------------------------------
 
     def _newest(self) -> Found | None:
         """What this run has committed last, else what lay there when it began: the same on every rank."""
-        for handle in list(self._open.values()):
+        for handle in list(self._saves.open.values()):
             handle.wait_released(self._settings.timeout_s)
-        if self._committed is not None:
-            return restoring.find(self._committed.step, self._settings.directory, self._staging.slots)
+        if self._saves.committed is not None:
+            return restoring.find(self._saves.committed.step, self._settings.directory, self._staging.slots)
         if self._resume is None:
             return None
         image = Path(self._resume.image) if self._resume.image is not None else None
@@ -417,13 +311,15 @@ class Checkpointer:
         self._closed = True
         self._hook.remove()
         self._unhook_loading()
+        if self._preemption is not None:
+            self._preemption.close()
         self._staging.close(copy_timeout_s)
         self._client.close()
         atexit.unregister(self._at_exit)
         self._on_close()
-        for handle in list(self._open.values()):
+        for handle in list(self._saves.open.values()):
             if handle.end("failed", "the checkpointer was closed before the outcome was known; the saver goes on"):
-                self._stats.ended(handle)
+                self._saves.stats.ended(handle)
                 log.warning("step %d: closed before its outcome was known; the saver goes on with it", handle.step)
 
     def _at_exit(self) -> None:

@@ -27,6 +27,7 @@ from async_ckpt.core.protocol import (
     LayoutWanted,
     Ping,
     Pong,
+    PromiseWanted,
     Ready,
     Refuse,
     Refused,
@@ -36,6 +37,7 @@ from async_ckpt.core.protocol import (
     Skipped,
     Staged,
     Started,
+    StopAfter,
     check_sendable,
     decode_from_saver,
     encode,
@@ -44,6 +46,7 @@ from async_ckpt.core.transport import Transport
 
 from .connection import Connection, Outbox, Request
 from .embedded import EmbeddedSaver
+from .pulse import Pulse
 
 if TYPE_CHECKING:
     from async_ckpt.core.keys import ClientKeys
@@ -52,8 +55,6 @@ log = logging.getLogger(__name__)
 
 _PING_S = 1.0
 _SILENCE_S = 3.0  # after which an embedded saver is looked after
-_UNANSWERED = 2  # and so many pings
-_SILENT_S = 10.0  # after which one full timeout is enough to wait for a saver
 _REACH_S = 30.0  # how long a named saver may take to answer at all: a sidecar may start after the trainer
 _GRACE_S = 10.0  # beyond timeout_s, so that the saver's own words on what is missing arrive first
 _GOODBYE_S = 5.0
@@ -75,8 +76,11 @@ class Client:
         self._transport = transport
         self._unsettled: set[int] = set()
         self._embedded = embedded
+        self.pulse = Pulse(transport.endpoint, embedded)
         self._on_settled: Callable[[Settled], None] = lambda settled: None
         self._on_lost: Callable[[str], None] = lambda reason: None
+        self._on_turn: Callable[[str | None], None] = lambda incarnation: None
+        self._on_word: Callable[[PromiseWanted | StopAfter], None] = lambda word: None
         self._inbox: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._sequence = 0
@@ -87,9 +91,6 @@ class Client:
         self._outbox = Outbox()
         self._incarnation: str | None = None
         self._reached = threading.Event()
-        self._heard_s = time.monotonic()
-        self._unanswered = 0  # pings since then: after a pause of our own, time alone says nothing about the saver
-        self._warned = False
         self._started = False
         self._leaving = False
         self._stopped = False
@@ -102,10 +103,18 @@ class Client:
 
     # --- from other threads ----------------------------------------------------------------------------------------
 
-    def listen(self, *, on_settled: Callable[[Settled], None], on_lost: Callable[[str], None]) -> None:
-        """From now on `on_settled` is called, in the client's thread, at least once for each expected step; `on_lost`
-        if the saver says that it no longer knows this run."""
-        self._on_settled, self._on_lost = on_settled, on_lost
+    def listen(
+        self,
+        *,
+        on_settled: Callable[[Settled], None],
+        on_lost: Callable[[str], None],
+        on_turn: Callable[[str | None], None],
+        on_word: Callable[[PromiseWanted | StopAfter], None],
+    ) -> None:
+        """From now on these are called in the client's thread: `on_settled` at least once for each expected step;
+        `on_lost` if the saver says that it no longer knows this run; `on_turn` with the saver's incarnation, once a
+        second at least and after each `wake`; `on_word` with what the saver says about a preemption."""
+        self._on_settled, self._on_lost, self._on_turn, self._on_word = on_settled, on_lost, on_turn, on_word
 
     def register(self, message: Register, layout: Layout, timeout_s: float) -> Granted:
         """Raises CheckpointError with the saver's reason if it refuses, or if it cannot be reached."""
@@ -129,18 +138,17 @@ class Client:
         """Queue `make(sequence number)`; it is sent until the saver has acknowledged it."""
         with self._lock:
             self._sequence += 1
-            self._post(make(self._sequence))
+            self.post(make(self._sequence))
 
-    def silent(self, for_s: float = _SILENT_S) -> bool:
-        """Nothing has come from the saver for so long, though it is asked every second."""
-        return self._unanswered > _UNANSWERED and time.monotonic() - self._heard_s > for_s
+    def post(self, message: FromRank) -> None:
+        """Queue `message`; it may be lost."""
+        self._inbox.put(message)
+        self.wake()
 
-    @property
-    def silence(self) -> str:
-        """What to say and to do while the saver is silent."""
-        which = f"at {self.endpoint}" if self._embedded is None else self._embedded.which
-        return (f"the saver {which} does not answer: is it running? What is staged is safe in shared memory, and is "
-                f"committed when a saver answers there")  # fmt: skip
+    def wake(self) -> None:
+        """Neither locks nor blocks, so a signal handler may call it."""
+        if not self._stopped:
+            os.eventfd_write(self._wake_fd, 1)
 
     def expect(self, step: int) -> None:
         """Ask for the outcome of `step` until `unexpect` is called."""
@@ -162,21 +170,21 @@ class Client:
             if not self._outbox.all_acknowledged.wait(_GOODBYE_S):
                 log.debug("the saver at %s did not acknowledge the goodbye", self.endpoint)
         self._stopped = True
-        self._wake()
+        os.eventfd_write(self._wake_fd, 1)
         self._thread.join()
         os.close(self._wake_fd)
 
     def _ask(self, message: FromRank, answer: type[T], timeout_s: float, layout: Layout | None = None) -> T:
         request = Request(message, answer, layout)
         self._request = request
-        self._wake()
+        self.wake()
         reach_s = min(timeout_s, _REACH_S)
         reached = self._reached.wait(reach_s)
         if self._denied is not None:
             raise CheckpointError(self._denied)
         if not reached:
             if self._embedded is not None and self._embedded.alive():
-                raise CheckpointError(f"no answer after {reach_s:g} s: {self.silence}")
+                raise CheckpointError(f"no answer after {reach_s:g} s: {self.pulse.silence}")
             raise CheckpointError(
                 f"no saver answers at {self.endpoint} after {reach_s:g} s{self._connection.hint}: is it running? "
                 f"`async-ckpt-saver run --bind {self.endpoint} --root DIR` starts one, or leave out saver= (and "
@@ -190,13 +198,6 @@ class Client:
             raise CheckpointError(request.answer.reason)
         assert isinstance(request.answer, answer)
         return request.answer
-
-    def _post(self, message: FromRank) -> None:
-        self._inbox.put(message)
-        self._wake()
-
-    def _wake(self) -> None:
-        os.eventfd_write(self._wake_fd, 1)
 
     # --- the client's thread ---------------------------------------------------------------------------------------
 
@@ -220,18 +221,17 @@ class Client:
                 pinged_s = now_s
                 self._ping()
                 self._repeat(now_s)
-                if self.silent(_SILENCE_S):
+                if self.pulse.silent(_SILENCE_S):
                     self._look_after_saver()
             ready = dict(poller.poll(1000 if self._reached.is_set() else 100))
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
             if (denied := self._connection.denied()) is not None:
                 self._deny(denied)
+            self._on_turn(self._incarnation)
             self._send_inbox()
             if self._connection.socket in ready and self._drain_socket():
-                self._heard_s = time.monotonic()
-                self._unanswered = 0
-                self._warned = False
+                self.pulse.heard()
 
     def _deny(self, reason: str) -> None:
         log.error("%s", reason)
@@ -250,7 +250,7 @@ class Client:
     def _ping(self) -> None:
         with self._lock:
             unsettled = sorted(self._unsettled)[:MAX_UNSETTLED]
-        self._unanswered += 1
+        self.pulse.pinged()
         self._send(Ping(unsettled=unsettled))
 
     def _send(self, message: FromRank) -> None:
@@ -279,9 +279,7 @@ class Client:
 
     def _look_after_saver(self) -> None:
         if self._embedded is None or self._embedded.alive():
-            if self.silent() and not self._warned:
-                self._warned = True
-                log.warning("%s", self.silence)
+            self.pulse.warn_of_silence()
             return
         if self._leaving and not self._unsettled:
             self._outbox.clear()  # it has ended because everyone has left
@@ -317,6 +315,8 @@ class Client:
             self._receive(Refused(reason=message.reason))
         elif isinstance(message, Rejected):
             log.error("the saver at %s understood nothing of a message: %s", self.endpoint, message.reason)
+        elif isinstance(message, PromiseWanted | StopAfter):
+            self._on_word(message)
         elif isinstance(message, LayoutWanted):
             if self._pending is not None and self._pending.layout is not None:
                 self._send(LayoutSent(layout=self._pending.layout))

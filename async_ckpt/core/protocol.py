@@ -91,6 +91,7 @@ class Options(msgspec.Struct, frozen=True):
     policy: Policy
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_TIMEOUT_S)]
     verify_replicas: bool = False
+    preemption: bool = False
 
 
 class Register(_Message, frozen=True):
@@ -161,11 +162,20 @@ class Ping(_Message, frozen=True):
     unsettled: Annotated[list[_Step], msgspec.Meta(max_length=MAX_UNSETTLED)]
 
 
+class Promise(_Message, frozen=True):
+    """Where a rank stands while all agree on the optimizer step to stop after. `steps`: it has begun so many and will
+    begin one more at most until it hears `StopAfter`; None: it promises nothing, or no longer. `stop`: it has heard.
+    Said again every second until it has."""
+
+    steps: _Step | None
+    stop: _Step | None
+
+
 class StatusWanted(_Message, frozen=True):
     """Anybody on the socket asks how the saver is; it takes no part in a run."""
 
 
-FromRank = Register | LayoutSent | Refuse | Ready | Staged | Skipped | Failed | Bye | Ping | StatusWanted
+FromRank = Register | LayoutSent | Refuse | Ready | Staged | Skipped | Failed | Bye | Ping | Promise | StatusWanted
 
 
 class LayoutWanted(_Message, frozen=True):
@@ -232,13 +242,25 @@ class Pong(_Message, frozen=True):
     known: bool
 
 
+class PromiseWanted(_Message, frozen=True):
+    """A rank is to be preempted: answer with a `Promise`, whatever the training is doing."""
+
+
+class StopAfter(_Message, frozen=True):
+    """The agreement: the same number of optimizer steps on every rank. None: there can be none, a rank has left."""
+
+    steps: int | None
+
+
 class Status(_Message, frozen=True):
     """`report` is the JSON of the saver's `status.SaverStatus`."""
 
     report: bytes
 
 
-FromSaver = LayoutWanted | Granted | Started | Refused | Rejected | Ack | Settled | Pong | Status
+FromSaver = (
+    LayoutWanted | Granted | Started | Refused | Rejected | Ack | Settled | Pong | PromiseWanted | StopAfter | Status
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _from_rank = msgspec.msgpack.Decoder(FromRank)

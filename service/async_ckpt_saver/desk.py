@@ -57,6 +57,10 @@ class Desk:
     def registering(self) -> bool:
         return self._registration is not None
 
+    @property
+    def serving(self) -> bool:
+        return bool(self._registration or self._runs)
+
     # --- from the hub ----------------------------------------------------------------------------------------------
 
     def register(self, identity: bytes, message: Register) -> None:

@@ -45,6 +45,11 @@ class Hub:
         """Nothing registers, lives or is kept, and nothing is being written."""
         return not self._services.tasks and not self._desks
 
+    @property
+    def serving(self) -> bool:
+        """Ranks are alive, or attaching: they may still have something to save."""
+        return any(desk.serving for desk in self._desks.values())
+
     async def drain(self) -> None:
         """Finish the commits under way. Runs stay in shared memory for the next saver on this endpoint."""
         await self._services.drain()

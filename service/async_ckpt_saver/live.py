@@ -20,6 +20,8 @@ from async_ckpt.core.protocol import (
     Granted,
     Ping,
     Pong,
+    Promise,
+    PromiseWanted,
     Ready,
     Refused,
     Resume,
@@ -27,11 +29,14 @@ from async_ckpt.core.protocol import (
     Skipped,
     Staged,
     Started,
+    StopAfter,
 )
 from async_ckpt.core.slots import Peer
 
 from .coverage import Ownership
 from .image import RunImage
+from .preemption import Action as Word
+from .preemption import Agreement, Tell
 from .recovery import commit_once
 from .retention import apply_policy
 from .run import Action, Commit, Report, Run
@@ -70,6 +75,7 @@ class LiveRun:
         self._on_fail = on_fail
         self._machine = Run(image.record.options.world)
         self._chronicle = Chronicle(services.loop.time)
+        self._agreement = Agreement(image.record.options.world)
         self._ready: set[int] = set()
         self._closed: set[int] = set()
         self._ended = False
@@ -145,6 +151,8 @@ class LiveRun:
             reason = message.reason[:MAX_REASON_CHARS]
             self._catch_up(rank, message.step)
             self._perform(self._machine.report(rank, message.slot, message.step, report, reason))
+        elif isinstance(message, Promise):
+            self._agree(self._agreement.hear(rank, message.steps, message.stop))
         elif isinstance(message, Bye):
             self._closed.add(rank)
             self._leave(rank, "closed its checkpointer")
@@ -166,7 +174,7 @@ class LiveRun:
                 return f"step {message.step} before the run has started"
             if message.slot >= len(self.image.slots):
                 return f"slot {message.slot} of {len(self.image.slots)}"
-        elif not isinstance(message, Ping | Ready | Bye):
+        elif not isinstance(message, Ping | Ready | Bye | Promise):
             return f"a {type(message).__name__} of a rank that was granted its run"
         return None
 
@@ -218,7 +226,18 @@ class LiveRun:
 
     def _leave(self, rank: int, reason: str) -> None:
         self._perform(self._machine.leave(rank, reason))
+        self._agree(self._agreement.leave(rank))
         self._maybe_end()
+
+    def _agree(self, words: list[Word]) -> None:
+        for word in words:
+            if not isinstance(word, Tell):
+                self._send(word.rank, PromiseWanted())
+            elif word.rank is not None:
+                self._send(word.rank, StopAfter(steps=word.steps))
+            else:
+                log.info("preemption of %s: all ranks stop after optimizer step %s", self.image.directory, word.steps)
+                self.tell_all(StopAfter(steps=word.steps))
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:

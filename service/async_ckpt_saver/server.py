@@ -47,7 +47,8 @@ class Config:
     """`bind`: an address (`core/transport.py`). `curve_secret`, `curve_allow`: for tcp, the file with the saver's own
     keys and the directory with the public keys of those who may connect, read once. `root`: nothing is written outside
     it. `embedded`: exit when nobody needs this saver any more. `keep_image_s`: how long the newest image of a dead run
-    is kept in RAM."""
+    is kept in RAM. `grace_s`: how long ranks that live are still served after a signal: whoever ends us may have ended
+    them as well, and they have a last checkpoint to save."""
 
     bind: str
     root: Path
@@ -56,6 +57,7 @@ class Config:
     orphan_image_s: float = 20.0
     curve_secret: Path | None = None
     curve_allow: Path | None = None
+    grace_s: float = 25.0
 
 
 class Server:
@@ -68,6 +70,7 @@ class Server:
         self._root = config.root.resolve()
         self._stop = asyncio.Event()
         self._signal: int | None = None
+        self._signal_s = 0.0
         self._last_message_s: float | None = None
         # An embedded saver inherits the variables of a trainer that is a service itself: they are not meant for it.
         self._notifier = Notifier({} if config.embedded else os.environ)
@@ -124,6 +127,8 @@ class Server:
             log.warning("the root %s does not exist yet: is its volume mounted?", self._root)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal, number)
+        # Slurm sends its notice to every process of a job; it is meant for the ranks, and would end us here.
+        self._loop.add_signal_handler(signal.SIGUSR1, log.info, "SIGUSR1: left to the ranks")
         self._context = zmq.Context(1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.set(zmq.ROUTER_HANDOVER, 1)
@@ -165,6 +170,8 @@ class Server:
             if self._config.embedded and self._unneeded():
                 log.info("nobody needs this saver any more")
                 return
+            if self._signal is not None and self._may_end():
+                return
             try:
                 await asyncio.wait_for(self._stop.wait(), _TICK_S)
             except asyncio.TimeoutError:
@@ -196,9 +203,16 @@ class Server:
         if self._signal is not None:  # the second one does not wait for commits
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        log.info("signal %d: finishing the commits under way", number)
-        self._signal = number
-        self._stop.set()
+        self._signal, self._signal_s = number, self._loop.time()
+        if self._may_end():
+            log.info("signal %d: finishing the commits under way", number)
+            self._stop.set()
+        else:
+            log.info("signal %d: serving the ranks that live for %g s at most; a second signal ends this saver at once",
+                     number, self._config.grace_s)  # fmt: skip
+
+    def _may_end(self) -> bool:
+        return not self._hub.serving or self._loop.time() - self._signal_s >= self._config.grace_s
 
     def _drain_socket(self) -> None:
         """The descriptor is edge-triggered: read until there is nothing, and look again after sending."""

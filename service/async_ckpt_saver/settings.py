@@ -105,11 +105,19 @@ KEEP_IMAGE = Setting(
     "SECONDS",
     "keep the newest checkpoint of a dead job in RAM for its restart",
 )
+GRACE = Setting(
+    "grace_s",
+    _seconds,
+    "a number of seconds, at least 0",
+    25.0,
+    "SECONDS",
+    "after SIGTERM, serve ranks that are alive so long, for their last checkpoint",
+)
 LOG_LEVEL = Setting(
     "log_level", _one_of(*_LEVELS), f"one of {', '.join(_LEVELS)}", "info", "LEVEL", "say no less than this"
 )
 
-SETTINGS = (BIND, ROOT, CURVE_SECRET, CURVE_ALLOW, KEEP_IMAGE, LOG_LEVEL)
+SETTINGS = (BIND, ROOT, CURVE_SECRET, CURVE_ALLOW, KEEP_IMAGE, GRACE, LOG_LEVEL)
 
 
 def resolve(

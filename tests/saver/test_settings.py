@@ -58,6 +58,7 @@ def test_every_setting_has_its_own_origin() -> None:
         "curve_secret": ("", "default", ""),
         "curve_allow": ("", "default", ""),
         "keep_image_s": (900.0, "default", ""),
+        "grace_s": (25.0, "default", ""),
     }
     require(values, BIND, ROOT)
 

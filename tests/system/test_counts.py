@@ -102,7 +102,7 @@ def counted(ckpt: async_ckpt.Checkpointer, monkeypatch: pytest.MonkeyPatch) -> I
         assert done.wait(30)
 
     send, receive, copy = client._send, client._receive, torch._foreach_copy_
-    post = client._post
+    post = client.post
 
     def posted(message: Any) -> None:
         counts.sent[type(message).__name__] += 1
@@ -124,7 +124,7 @@ def counted(ckpt: async_ckpt.Checkpointer, monkeypatch: pytest.MonkeyPatch) -> I
 
     with monkeypatch.context() as patch, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         patch.setattr(client, "_send", sent)
-        patch.setattr(client, "_post", posted)
+        patch.setattr(client, "post", posted)
         patch.setattr(client, "_receive", received)
         patch.setattr(torch, "_foreach_copy_", copied)
         in_staging_thread(lambda: sys.setprofile(counter(lambda: add("staging_calls"))))

@@ -1,0 +1,36 @@
+"""What a Checkpointer is made of: the user's choices, and the run that all ranks have joined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from async_ckpt.core.protocol import Started
+
+from .client import Client
+from .plan import Plan
+from .staging import Staging
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose, as far as a Checkpointer needs it. `directory` is absolute; `given` is how the user named
+    it, and names the paths that are returned. `saver` says in an error where to look next."""
+
+    directory: Path
+    given: Path
+    rank: int
+    when_busy: Literal["wait", "skip"]
+    timeout_s: float
+    saver: str
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A run that every rank has joined."""
+
+    plan: Plan
+    staging: Staging
+    client: Client
+    started: Started

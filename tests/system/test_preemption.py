@@ -1,0 +1,434 @@
+"""Ranks that are told to end: all of them stop after the same step, and it is committed, whoever was told and when.
+
+What a rank does is a function here as well; the scenario of the same name starts it, signals, and looks. Ranks signal
+themselves at named points of a step, so "at different times" is the same in every run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.ranks import ROOT
+from tests.system.processes import (
+    Daemon,
+    Job,
+    Scenario,
+    environment,
+    run_cases,
+    run_together,
+    the_saver,
+    until,
+)
+from tests.system.training import (
+    Checkpointer,
+    adamw,
+    attach,
+    check_checkpoint,
+    collectives,
+    forward,
+    full_values,
+    rank,
+    reached,
+    reference,
+    refusal,
+    step,
+    wrapped,
+)
+
+_HERE = "tests.system.test_preemption"
+_ENOUGH = 60  # steps of a training that nobody stops
+
+
+class Loop:
+    """A training loop as users write it, on one rank. `notices`: "<rank>:<step>:<point>", where that rank gets a
+    signal: "before" or "amid" the optimizer step, or "after" it and what the loop did with it."""
+
+    def __init__(self, folder: str, kind: str, notices: str, number: int = signal.SIGTERM, **options: Any) -> None:
+        self.folder, self.number = Path(folder), number
+        self.notices = {tuple(each.split(":")) for each in notices.split()}
+        self.model = wrapped(kind)
+        self.optimizer = adamw(self.model)
+        self.history: dict[int, dict[str, bytes]] = {}
+        self.ckpt: Checkpointer = attach(
+            self.model, self.optimizer, directory=self.folder / "run", preemption=True, timeout_s=60, **options
+        )
+        self.resumed = self.ckpt.restore()
+
+    def point(self, step_number: int, name: str) -> None:
+        if (str(rank()), str(step_number), name) in self.notices:
+            os.kill(os.getpid(), self.number)
+
+    def train(self, each: Callable[[int], bool], steps: int = _ENOUGH) -> int:
+        """Until `each` says so; the last step."""
+        first = self.resumed.step + 1 if self.resumed else 0
+        for number in range(first, steps):
+            self.point(number, "before")
+            forward(self.model).backward()
+            self.point(number, "amid")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.history[number] = reference(values=full_values(self.model))
+            if number == 2:
+                reached(self.folder, f"training-{rank()}")
+            before = collectives()
+            ended = each(number)
+            assert collectives() == before
+            self.point(number, "after")
+            if ended:
+                break
+        return number
+
+    def finish(self, last: int) -> None:
+        """Close, check every checkpoint, and tell the test where this rank stopped."""
+        self.ckpt.close()
+        dist.barrier()
+        found = sorted(int(path.name.split("-")[1]) for path in (self.folder / "run").glob("checkpoint-*"))
+        if rank() == 0:
+            for number in found:
+                if number in self.history:
+                    check_checkpoint(self.folder / f"run/checkpoint-{number}", self.history[number], number)
+        outcome = {"last": last, "preempted": self.ckpt.preempted, "found": found}
+        (self.folder / f"outcome-{rank()}").write_text(json.dumps(outcome))
+
+
+def outcomes(job: Job) -> list[dict[str, Any]]:
+    return [json.loads((job.folder / f"outcome-{rank}").read_text()) for rank in range(job.world)]
+
+
+def agreed(job: Job) -> tuple[int, int]:
+    """The optimizer steps begun when the first rank was signalled, and those after which all ranks stopped."""
+    printed = "".join(log.read_text() for log in job.logs)
+    received = [int(count) for count in re.findall(r"SIG\w+ received after (\d+) optimizer steps", printed)]
+    stops = re.findall(r"all ranks stop after optimizer step (\d+)", printed)
+    assert len(received) > 0
+    assert len(stops) == job.world, printed
+    assert len(set(stops)) == 1, stops
+    committed = re.findall(r"is committed, ([\d.]+) s after the notice", printed)
+    assert committed, printed
+    print(f"{job.target} {job.world} ranks: {min(received)} -> {stops[0]} steps, committed after {committed} s")
+    return min(received), int(stops[0])
+
+
+# --- what loops do -------------------------------------------------------------------------------------------------
+
+
+def saves_and_leaves(folder: str, kind: str, notices: str, number: str = "15") -> None:
+    loop = Loop(folder, kind, notices, int(number))
+
+    def each(step_number: int) -> bool:
+        if step_number % 100 == 99 or loop.ckpt.preempted:
+            loop.ckpt.save(step_number, metrics={"step": step_number})
+        return loop.ckpt.preempted
+
+    loop.finish(loop.train(each))
+
+
+def leaves(folder: str, kind: str, notices: str, saver: str = "") -> None:
+    loop = Loop(folder, kind, notices, saver=saver or None)
+    loop.finish(loop.train(lambda step_number: loop.ckpt.preempted))
+
+
+def never_asks(folder: str, kind: str, notices: str, number: str) -> None:
+    """It saves every fourth step, and once more at its end."""
+    loop = Loop(folder, kind, notices, int(number))
+
+    def each(step_number: int) -> bool:
+        if step_number % 4 == 1 or step_number == 14:
+            loop.ckpt.save(step_number)
+        return False
+
+    loop.finish(loop.train(each, 15))
+
+
+def pauses_the_saver(folder: str, kind: str, notices: str) -> None:
+    """Nobody answers when the signal comes; the test kills the saver."""
+    loop = Loop(folder, kind, notices)
+
+    def each(step_number: int) -> bool:
+        if step_number == 3 and rank() == 0:
+            os.kill(the_saver(loop.folder), signal.SIGSTOP)
+        return loop.ckpt.preempted
+
+    loop.finish(loop.train(each))
+
+
+# --- scenarios -----------------------------------------------------------------------------------------------------
+
+
+def four_ranks_at_different_times(folder: Path) -> None:
+    """And a job that comes after them goes on behind the step where they stopped."""
+    notices = "2:5:amid 0:5:after 3:6:before 1:6:amid"
+    with Job(f"{_HERE}:saves_and_leaves", 4, folder, "fsdp2", notices) as job:
+        job.wait()
+    first, stop = agreed(job)
+    assert first <= 5
+    assert stop - first <= 2
+    assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 4
+    with Job(f"{_HERE}:saves_and_leaves", 4, folder, "fsdp2", f"0:{stop + 2}:amid") as job:
+        job.wait()
+    assert outcomes(job)[0]["found"][0] == stop - 1
+    assert stop + 2 <= outcomes(job)[0]["last"] <= stop + 4
+
+
+def one_of_four(folder: Path) -> None:
+    """The loop only leaves; what it does not save is saved when it closes."""
+    with Job(f"{_HERE}:leaves", 4, folder, "fsdp2", "3:4:after") as job:
+        job.wait()
+    first, stop = agreed(job)
+    assert first == 5
+    assert stop in (6, 7)
+    assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 4
+
+
+def slurm_and_a_loop_that_never_asks(folder: Path) -> None:
+    """The step is saved before the next one overwrites it, under the number that the loop would have given."""
+    with Job(f"{_HERE}:never_asks", 2, folder, "ddp", "1:6:amid", str(int(signal.SIGUSR1))) as job:
+        job.wait()
+    first, stop = agreed(job)
+    assert first == 6
+    assert stop in (7, 8)
+    found = sorted({1, 5, 9, 13, 14, stop - 1})
+    assert outcomes(job) == [{"last": 14, "preempted": True, "found": found}] * 2
+
+
+def saver_killed_before_it_has_agreed(folder: Path) -> None:
+    """Ranks wait at the step that they promised, and a new saver hears it all again."""
+    with Job(f"{_HERE}:pauses_the_saver", 2, folder, "fsdp1", "0:5:amid") as job:
+        until(lambda: "SIGTERM received" in job.logs[0].read_text() or any(job.statuses), "the signal is handled")
+        os.kill(the_saver(folder), signal.SIGKILL)
+        job.wait()
+    first, stop = agreed(job)
+    assert first == 5
+    assert stop in (6, 7)
+    assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 2
+
+
+def everything_of_a_pod_at_once(folder: Path) -> None:
+    """The daemon is told to end first, and stays until its ranks have left."""
+    daemon = Daemon(folder / "d", folder).up()
+    with Job(f"{_HERE}:leaves", 2, folder, "fsdp2", "", daemon.endpoint) as job:
+        for number in range(2):
+            job.reach(f"training-{number}")
+        daemon.process.send_signal(signal.SIGUSR1)  # Slurm tells every process of a job
+        daemon.process.send_signal(signal.SIGTERM)
+        until(lambda: "serving the ranks" in daemon.log.read_text(), "the daemon has heard")
+        for pid in job.pids:
+            os.kill(pid, signal.SIGTERM)
+        job.wait()
+    first, stop = agreed(job)
+    assert stop - first <= 2
+    assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 2
+    assert daemon.process.wait(20) == -signal.SIGTERM
+    assert "saver" in daemon.log.read_text()
+    assert not daemon.socket.exists()
+
+
+def trained_by_torchrun(folder: str) -> None:
+    """One rank, as torchrun starts it."""
+    dist.init_process_group("gloo")
+    leaves(folder, "fsdp2", "")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def torchrun_is_told(folder: Path) -> None:
+    """Its agent passes the signal on, and kills what has not ended after 30 s; the saver is nobody it knows."""
+    code = f"from tests.system.test_preemption import trained_by_torchrun; trained_by_torchrun({str(folder)!r})"
+    folder.mkdir()
+    script = folder / "train.py"
+    script.write_text(code)
+    log = folder / "torchrun.log"
+    with log.open("wb") as output:
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", str(script)],
+            env=environment(), cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    try:
+        until(lambda: all((folder / f"reached-training-{rank}").exists() for rank in range(2))
+              or agent.poll() is not None, "ranks in training", 120.0)  # fmt: skip
+        saver = the_saver(folder)
+        os.killpg(agent.pid, signal.SIGTERM)  # as a service manager does: the whole group
+        agent.wait(60)
+    finally:
+        if agent.poll() is None:
+            os.killpg(agent.pid, signal.SIGKILL)
+    printed = log.read_text(errors="replace")
+    said = [json.loads((folder / f"outcome-{rank}").read_text()) for rank in range(2)]
+    stops = re.findall(r"all ranks stop after optimizer step (\d+)", printed)
+    assert len(stops) == 2, printed
+    assert len(set(stops)) == 1
+    assert said == [{"last": int(stops[0]) - 1, "preempted": True, "found": [int(stops[0]) - 1]}] * 2, printed
+    assert f"saver {saver} ends" in "".join(path.read_text() for path in folder.parent.parent.rglob("saver.log"))
+
+
+def nobody_answers(folder: Path) -> None:
+    """One rank's saver is stopped for good: training goes on after a bounded wait."""
+    daemon = Daemon(folder / "d", folder).up()
+    with Job(f"{_HERE}:goes_on_without_an_answer", 2, folder, "ddp", daemon.endpoint) as job:
+        job.reach("ready")
+        os.kill(daemon.process.pid, signal.SIGSTOP)
+        (folder / "go").touch()
+        job.reach("went-on")
+        os.kill(daemon.process.pid, signal.SIGCONT)
+        job.wait()
+    printed = job.printed()
+    assert printed.count("training goes on") == 2, printed
+    assert daemon.stop() == -signal.SIGTERM
+
+
+def goes_on_without_an_answer(folder: str, kind: str, saver: str) -> None:
+    """Both ranks are signalled while no saver answers. When one does again, they agree after all."""
+    loop = Loop(folder, kind, "0:3:after 1:3:after", saver=saver)
+
+    def each(step_number: int) -> bool:
+        if step_number == 3:
+            reached(folder, "ready")
+            until(Path(folder, "go").exists, "the test's word")
+        if step_number == 6:
+            reached(folder, "went-on")
+        return loop.ckpt.preempted
+
+    # The agreement takes a moment, and steps are short: it is not known which step it will be.
+    loop.finish(loop.train(each, 100_000))
+
+
+SCENARIOS: dict[str, Scenario] = {
+    scenario.__name__: scenario
+    for scenario in (
+        four_ranks_at_different_times,
+        one_of_four,
+        slurm_and_a_loop_that_never_asks,
+        saver_killed_before_it_has_agreed,
+        everything_of_a_pod_at_once,
+        torchrun_is_told,
+        nobody_answers,
+    )
+}
+
+
+# --- one rank ------------------------------------------------------------------------------------------------------
+
+
+def told(ckpt: Checkpointer) -> None:
+    """Signal this process, and return when the agreement has been heard."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    until(lambda: ckpt._preemption._stand.stop is not None, "the agreement")  # type: ignore[union-attr]
+
+
+def a_full_slot_is_waited_for(folder: Path) -> None:
+    """`when_busy="skip"` skips any other save."""
+    model = wrapped("plain")
+    optimizer = adamw(model)
+    with attach(model, optimizer, directory=folder, preemption=True, slots=1, when_busy="skip") as ckpt:
+        saver = the_saver(folder)
+        step(model, optimizer)
+        told(ckpt)
+        os.kill(saver, signal.SIGSTOP)
+        first = ckpt.save(0)
+        assert ckpt.save(1).state == "skipped"
+        step(model, optimizer)
+        threading.Timer(0.5, os.kill, (saver, signal.SIGCONT)).start()
+        last = ckpt.save(2)
+        assert ckpt.preempted
+        assert (first.state, last.wait()) == ("committed", folder / "checkpoint-2")
+
+
+def what_was_saved_for_the_user_is_not_saved_again(folder: Path) -> None:
+    model = wrapped("plain")
+    optimizer = adamw(model)
+    with attach(model, optimizer, directory=folder, preemption=True) as ckpt:
+        for _ in range(3):
+            step(model, optimizer)
+        told(ckpt)
+        assert not ckpt.preempted
+        step(model, optimizer)
+        assert ckpt.preempted
+        ckpt.wait()
+        assert sorted(os.listdir(folder)) == ["checkpoint-3", "latest"]
+        handle = ckpt.save(3)
+        assert (handle.step, handle.state) == (3, "committed")
+        assert ckpt.save(2) is handle
+        assert "steps must grow" in refusal(lambda: ckpt.save(2))
+        step(model, optimizer)
+        assert ckpt.save(3).state == "skipped"
+        assert ckpt.save(5).wait() == folder / "checkpoint-5"
+        assert ckpt.stats()["committed"] == 2
+    assert sorted(os.listdir(folder)) == ["checkpoint-3", "checkpoint-5", "latest"]
+
+
+def what_the_user_saved_is_not_saved_again(folder: Path) -> None:
+    model = wrapped("plain")
+    optimizer = adamw(model)
+    with attach(model, optimizer, directory=folder, preemption=True) as ckpt:
+        step(model, optimizer)
+        told(ckpt)
+        step(model, optimizer)
+        ckpt.save(40)
+        assert ckpt.preempted
+        step(model, optimizer)
+    assert sorted(os.listdir(folder)) == ["checkpoint-40", "latest"]
+
+
+def an_error_saves_nothing(folder: Path) -> None:
+    model = wrapped("plain")
+    optimizer = adamw(model)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with attach(model, optimizer, directory=folder, preemption=True) as ckpt:
+            told(ckpt)
+            step(model, optimizer)
+            assert ckpt.preempted
+            raise KeyError
+    except KeyError:
+        assert os.listdir(folder) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def without_the_option_nothing_is_handled(folder: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    with attach(wrapped("plain"), directory=folder) as ckpt:
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+        assert not ckpt.preempted
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        a_full_slot_is_waited_for,
+        what_was_saved_for_the_user_is_not_saved_again,
+        what_the_user_saved_is_not_saved_again,
+        an_error_saves_nothing,
+        without_the_option_nothing_is_handled,
+    )
+}
+
+
+def cases(names: list[str]) -> Scenario:
+    return lambda folder: run_cases(_HERE, names, 1, folder)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, str]:
+    return {}
+
+
+@pytest.mark.parametrize("scenario", [*SCENARIOS, *CASES])
+def test_preemption(results: dict[str, str], selected: set[str], folder: Path, scenario: str) -> None:
+    if not results:
+        chosen = {name: SCENARIOS[name] for name in SCENARIOS if name in selected}
+        single = [name for name in CASES if name in selected]
+        results.update(run_together(chosen | ({"cases": cases(single)} if single else {}), folder, at_once=3))
+    if results[scenario]:
+        pytest.fail(results[scenario], pytrace=False)
