@@ -35,6 +35,7 @@ from async_ckpt.core.slots import Peer
 
 from .coverage import Ownership
 from .image import RunImage
+from .memory import give_back
 from .preemption import Action as Word
 from .preemption import Agreement, Tell
 from .recovery import commit_once
@@ -223,6 +224,7 @@ class LiveRun:
             return
         log.info("run %s of %s started, %d ranks", self.image.path, self.image.directory, self._machine.world)
         self.tell_all(started)
+        give_back()
 
     def _leave(self, rank: int, reason: str) -> None:
         self._perform(self._machine.leave(rank, reason))
