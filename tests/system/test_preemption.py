@@ -28,6 +28,7 @@ from tests.system.processes import (
     environment,
     run_cases,
     run_together,
+    savers,
     the_saver,
     until,
 )
@@ -108,7 +109,7 @@ def outcomes(job: Job) -> list[dict[str, Any]]:
 
 
 def agreed(job: Job) -> tuple[int, int]:
-    """The optimizer steps begun when the first rank was signalled, and those after which all ranks stopped."""
+    """The optimizer steps begun when the first rank had seen its signal, and those after which all ranks stopped."""
     printed = "".join(log.read_text() for log in job.logs)
     received = [int(count) for count in re.findall(r"SIG\w+ received after (\d+) optimizer steps", printed)]
     stops = re.findall(r"all ranks stop after optimizer step (\d+)", printed)
@@ -145,11 +146,11 @@ def never_asks(folder: str, kind: str, notices: str, number: str) -> None:
     loop = Loop(folder, kind, notices, int(number))
 
     def each(step_number: int) -> bool:
-        if step_number % 4 == 1 or step_number == 14:
+        if step_number % 4 == 1 or step_number == 39:
             loop.ckpt.save(step_number)
         return False
 
-    loop.finish(loop.train(each, 15))
+    loop.finish(loop.train(each, 40))
 
 
 def pauses_the_saver(folder: str, kind: str, notices: str) -> None:
@@ -173,7 +174,7 @@ def four_ranks_at_different_times(folder: Path) -> None:
     with Job(f"{_HERE}:saves_and_leaves", 4, folder, "fsdp2", notices) as job:
         job.wait()
     first, stop = agreed(job)
-    assert first <= 5
+    assert first >= 5
     assert stop - first <= 2
     assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 4
     with Job(f"{_HERE}:saves_and_leaves", 4, folder, "fsdp2", f"0:{stop + 2}:amid") as job:
@@ -187,8 +188,8 @@ def one_of_four(folder: Path) -> None:
     with Job(f"{_HERE}:leaves", 4, folder, "fsdp2", "3:4:after") as job:
         job.wait()
     first, stop = agreed(job)
-    assert first == 5
-    assert stop in (6, 7)
+    assert first >= 5  # counted when the client's thread has seen the signal
+    assert stop - first in (1, 2)
     assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 4
 
 
@@ -197,10 +198,10 @@ def slurm_and_a_loop_that_never_asks(folder: Path) -> None:
     with Job(f"{_HERE}:never_asks", 2, folder, "ddp", "1:6:amid", str(int(signal.SIGUSR1))) as job:
         job.wait()
     first, stop = agreed(job)
-    assert first == 6
-    assert stop in (7, 8)
-    found = sorted({1, 5, 9, 13, 14, stop - 1})
-    assert outcomes(job) == [{"last": 14, "preempted": True, "found": found}] * 2
+    assert first >= 6
+    assert stop - first in (1, 2)
+    found = sorted({*range(1, 40, 4), 39, stop - 1})
+    assert outcomes(job) == [{"last": 39, "preempted": True, "found": found}] * 2
 
 
 def saver_killed_before_it_has_agreed(folder: Path) -> None:
@@ -210,8 +211,8 @@ def saver_killed_before_it_has_agreed(folder: Path) -> None:
         os.kill(the_saver(folder), signal.SIGKILL)
         job.wait()
     first, stop = agreed(job)
-    assert first == 5
-    assert stop in (6, 7)
+    assert first >= 5  # counted when the client's thread has seen the signal
+    assert stop - first in (1, 2)
     assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 2
 
 
@@ -270,7 +271,10 @@ def torchrun_is_told(folder: Path) -> None:
     assert len(stops) == 2, printed
     assert len(set(stops)) == 1
     assert said == [{"last": int(stops[0]) - 1, "preempted": True, "found": [int(stops[0]) - 1]}] * 2, printed
-    assert f"saver {saver} ends" in "".join(path.read_text() for path in folder.parent.parent.rglob("saver.log"))
+    until(lambda: saver not in savers(folder), "the saver has ended by itself", 30.0)
+    logs = [path.read_text() for path in folder.parent.parent.rglob("saver.log*")]
+    [its_own] = [text for text in logs if f"saver {saver} ends" in text]
+    assert "signal" not in its_own
 
 
 def nobody_answers(folder: Path) -> None:
