@@ -1,0 +1,96 @@
+"use strict";
+// Shows what /events sends, which is /status.json again and again. Text goes in as text, never as HTML.
+
+const PHASES = ["stall", "copy", "write", "commit", "upload"];
+
+function element(name, classes, ...children) {
+  const made = document.createElement(name);
+  if (classes) made.className = classes;
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+function seconds(value) {
+  if (value === null || value === undefined) return "–";
+  if (value < 1) return `${(1000 * value).toFixed(1)} ms`;
+  if (value < 120) return `${value.toFixed(1)} s`;
+  return value < 7200 ? `${Math.round(value / 60)} min` : `${(value / 3600).toFixed(1)} h`;
+}
+
+function size(bytes) {
+  if (!bytes) return "–";
+  const unit = Math.min(Math.floor(Math.log10(bytes) / 3), 4);
+  return `${(bytes / 1000 ** unit).toFixed(unit ? 1 : 0)} ${["B", "kB", "MB", "GB", "TB"][unit]}`;
+}
+
+function fact(name, value) {
+  return element("li", "", `${name} `, element("b", "", String(value)));
+}
+
+function total(save) {
+  return PHASES.reduce((sum, phase) => sum + (save[`${phase}_s`] || 0), 0);
+}
+
+function bar(save, longest_s) {
+  const made = element("div", "timeline");
+  for (const phase of PHASES) {
+    const lasted_s = save[`${phase}_s`];
+    if (!lasted_s) continue;
+    const part = element("i", phase);
+    part.style.width = `${(100 * lasted_s) / longest_s}%`;
+    part.title = `${phase} ${seconds(lasted_s)}`;
+    made.append(part);
+  }
+  return made;
+}
+
+function row(save, longest_s) {
+  const wide = PHASES.slice(0, 4).map((phase) => element("td", "wide", seconds(save[`${phase}_s`])));
+  if (save.outcome !== "committed" && save.outcome !== "open") {
+    const why = element("td", "bad", `${save.outcome}: ${save.reason}`);
+    why.colSpan = 7;
+    return element("tr", "", element("td", "", String(save.step)), why);
+  }
+  return element("tr", "", element("td", "", String(save.step)), element("td", "bar", bar(save, longest_s)), ...wide,
+    element("td", "", size(save.bytes)), element("td", "", save.outcome === "open" ? "…" : seconds(total(save))));
+}
+
+function saves(run) {
+  if (!run.saves.length) return element("p", "", "no save yet");
+  const longest_s = Math.max(...run.saves.map(total), 1e-9);
+  const names = [["step", ""], ["", ""], ["stall", "wide"], ["copy", "wide"], ["write", "wide"], ["commit", "wide"], ["size", ""], ["sum", ""]];
+  const head = element("tr", "", ...names.map(([name, classes]) => element("th", classes, name)));
+  const newest_first = [...run.saves].reverse();
+  return element("table", "", element("thead", "", head), element("tbody", "", ...newest_first.map((save) => row(save, longest_s))));
+}
+
+function section(run) {
+  const ranks = run.ranks.map((rank) => {
+    const made = element("li", rank.alive ? "" : "gone", String(rank.rank));
+    made.title = `rank ${rank.rank}, pid ${rank.pid}${rank.alive ? "" : ", gone"}`;
+    return made;
+  });
+  const facts = [fact("state", run.state), fact("ranks", run.world), fact("in shared memory", size(run.image_bytes))];
+  if (run.last_commit) facts.push(fact("newest", `step ${run.last_commit.step}, ${seconds(run.last_commit.age_s)} ago`));
+  const error = run.last_error ? element("p", "bad", run.last_error) : null;
+  return element("section", "", element("h2", "", run.directory), element("ul", "facts", ...facts),
+    element("ul", "ranks", ...ranks), error, saves(run));
+}
+
+function show(status) {
+  const saver = status.saver;
+  document.getElementById("saver").textContent =
+    `${saver.version}, pid ${saver.pid}, up ${seconds(saver.uptime_s)}, ${size(saver.rss_bytes)} resident, ${saver.endpoint}, root ${saver.root}`;
+  const runs = status.runs.length ? status.runs.map(section) : [element("section", "", "no run is attached")];
+  document.getElementById("runs").replaceChildren(...runs);
+}
+
+function say(text, bad) {
+  const line = document.getElementById("connection");
+  line.textContent = text;
+  line.className = bad ? "bad" : "";
+}
+
+const events = new EventSource("/events");
+events.onmessage = (event) => { say("live", false); show(JSON.parse(event.data)); };
+events.onerror = () => say("the saver does not answer; what is shown is old", true);
