@@ -1,0 +1,105 @@
+"""What Prometheus is told. Counters and histograms grow with each save that settles, gauges are read when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from .status import SaverStatus, SaveStatus
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# A stall is milliseconds when all is well; storage takes from milliseconds to minutes.
+_STALL_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 120.0)
+_STORAGE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+class Metrics:
+    """`status` gives the present. Names are a contract: alerts and dashboards of `deploy/` are made of them."""
+
+    def __init__(self, status: Callable[[], SaverStatus]) -> None:
+        self._status = status
+        self._registry = registry = CollectorRegistry()
+        self._saves = Counter("async_ckpt_saves", "Saves that have settled.", ["outcome"], registry=registry)
+        self._failures = Counter("async_ckpt_failures", "Saves not committed, by cause.", ["cause"], registry=registry)
+        self._committed_bytes = Counter("async_ckpt_committed_bytes", "Bytes committed to storage.", registry=registry)
+        self._stall = Histogram(
+            "async_ckpt_stall_seconds", "What a save cost the training thread of the slowest rank.",
+            buckets=_STALL_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self._copy = Histogram(
+            "async_ckpt_copy_seconds", "Copy of a rank's shards into shared memory, slowest rank.",
+            buckets=_STALL_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self._write = Histogram(
+            "async_ckpt_write_seconds", "Writing and syncing the files of a checkpoint.",
+            buckets=_STORAGE_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self._commit = Histogram(
+            "async_ckpt_commit_seconds", "Manifest, rename and syncing the directories.",
+            buckets=_STORAGE_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        for outcome in ("committed", "skipped", "failed"):
+            self._saves.labels(outcome)  # a rate needs the zero before the first one
+        ProcessCollector(registry=registry)
+        registry.register(_Present(status))
+
+    def observe(self, save: SaveStatus) -> None:
+        """A save has settled."""
+        self._saves.labels(save.outcome).inc()
+        if save.staged:
+            self._stall.observe(max(rank.stall_s for rank in save.staged))
+            self._copy.observe(max(rank.copy_s for rank in save.staged))
+        if save.outcome == "committed":
+            self._committed_bytes.inc(save.bytes)
+            self._write.observe(save.write_s)
+            self._commit.observe(save.commit_s)
+        else:
+            self._failures.labels(save.cause).inc()
+
+    def exposition(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _Present:
+    """A collector in the sense of prometheus_client."""
+
+    def __init__(self, status: Callable[[], SaverStatus]) -> None:
+        self._status = status
+
+    def describe(self) -> list[Metric]:
+        return []  # or the registry would ask for the status before there is one
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        runs = status.runs
+        info = GaugeMetricFamily("async_ckpt_saver_info", "This saver.", labels=["version", "endpoint", "root"])
+        info.add_metric([status.version, status.endpoint, status.root], 1)
+        yield info
+        alive = sum(rank.alive for run in runs for rank in run.ranks)
+        yield GaugeMetricFamily("async_ckpt_runs", "Runs in shared memory, kept ones too.", value=len(runs))
+        yield GaugeMetricFamily("async_ckpt_ranks", "Ranks that live.", value=alive)
+        queued = sum(len(run.queue) for run in runs)
+        yield GaugeMetricFamily("async_ckpt_queued_steps", "Steps not committed yet.", value=queued)
+        held_bytes = sum(run.image_bytes for run in runs)
+        yield GaugeMetricFamily("async_ckpt_image_bytes", "Shared memory that runs hold.", value=held_bytes)
+        yield from _last_commits(status)
+        rejected = CounterMetricFamily("async_ckpt_rejected_messages", "Messages not understood.", labels=["cause"])
+        for cause, count in status.rejected_messages.items():
+            rejected.add_metric([cause], count)
+        yield rejected
+
+
+def _last_commits(status: SaverStatus) -> Iterator[Metric]:
+    at = GaugeMetricFamily(
+        "async_ckpt_last_commit_timestamp_seconds", "When the newest step was committed.", labels=["directory"]
+    )
+    step = GaugeMetricFamily("async_ckpt_last_commit_step", "The newest step committed.", labels=["directory"])
+    for run in status.runs:
+        if run.last_commit_age_s is not None and run.last_commit_step is not None:
+            at.add_metric([run.directory], status.now_unix_s - run.last_commit_age_s)
+            step.add_metric([run.directory], run.last_commit_step)
+    yield at
+    yield step
