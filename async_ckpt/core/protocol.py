@@ -130,10 +130,13 @@ class Ready(_Message, frozen=True):
 
 
 class Staged(_Message, frozen=True):
+    """`stall_s`: what the save has cost the training thread up to now, when nothing can hold it up any more."""
+
     seq: _Sequence
     slot: _Slot
     step: _Step
     copy_s: float
+    stall_s: float = 0.0
 
 
 class Skipped(_Message, frozen=True):

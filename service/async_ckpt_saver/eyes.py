@@ -19,6 +19,7 @@ _PROBE_S = 2.0
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
 
@@ -41,7 +42,7 @@ class Eyes:
             "/events": self._events,
         }
         for path, (name, kind) in _PAGE.items():
-            routes[path] = _fixed(resources.files(__package__).joinpath("page", name).read_bytes(), kind)
+            routes[path] = _fixed((resources.files(__package__) / "page" / name).read_bytes(), kind)
         self._listener = HttpListener(address, routes)
 
     async def start(self) -> Address:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import msgspec
@@ -39,6 +41,15 @@ class RunImage:
         """Raises CheckpointError if shared memory cannot hold the slots; then nothing is left of them."""
         path = new_run_path(endpoint)
         return cls(path, record, create_slots(path, record, layout))
+
+    def allocated_bytes(self) -> int:
+        """The shared memory that the run holds now: 0 once it has been removed."""
+        total_bytes = 0
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total_bytes += os.stat(os.path.join(folder, name)).st_blocks * 512
+        return total_bytes
 
     @classmethod
     def left_behind(cls, endpoint: str) -> list[RunImage]:

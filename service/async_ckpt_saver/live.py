@@ -75,7 +75,7 @@ class LiveRun:
         self._on_end = on_end
         self._on_fail = on_fail
         self._machine = Run(image.record.options.world)
-        self._chronicle = Chronicle(services.loop.time)
+        self._chronicle = Chronicle(services.loop.time, lambda save: services.on_settled(save))
         self._agreement = Agreement(image.record.options.world)
         self._ready: set[int] = set()
         self._closed: set[int] = set()

@@ -24,12 +24,15 @@ from async_ckpt.core.slots import SHM
 from async_ckpt.core.transport import EndpointInUse, transport_of
 
 from .doorkeeper import Doorkeeper
+from .http_listener import Address
 from .hub import Hub
 from .notify import Notifier
 from .services import Services
 
 if TYPE_CHECKING:
     from async_ckpt.core.keys import KeyPair
+
+    from .eyes import Eyes
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class Config:
     keys and the directory with the public keys of those who may connect, read once. `root`: nothing is written outside
     it. `embedded`: exit when nobody needs this saver any more. `keep_image_s`: how long the newest image of a dead run
     is kept in RAM. `grace_s`: how long ranks that live are still served after a signal: whoever ends us may have ended
-    them as well, and they have a last checkpoint to save."""
+    them as well, and they have a last checkpoint to save. `http`: where to show what goes on."""
 
     bind: str
     root: Path
@@ -58,6 +61,7 @@ class Config:
     curve_secret: Path | None = None
     curve_allow: Path | None = None
     grace_s: float = 25.0
+    http: Address | None = None
 
 
 class Server:
@@ -69,6 +73,7 @@ class Server:
         self._keys = self._read_keys() if self._transport.encrypted else None
         self._root = config.root.resolve()
         self._stop = asyncio.Event()
+        self._eyes: Eyes | None = None
         self._signal: int | None = None
         self._signal_s = 0.0
         self._last_message_s: float | None = None
@@ -81,6 +86,8 @@ class Server:
         try:
             self._startup()
             try:
+                await self._open_eyes()
+                self._notifier.ready(f"serves {self._config.bind}, root {self._root}")
                 await self._main_loop()
             finally:
                 self._notifier.stopping()
@@ -159,7 +166,15 @@ class Server:
         self._loop.call_soon(self._drain_socket)
         self._started_s = self._loop.time()
         log.info("saver %d serves %s, root %s", os.getpid(), self._config.bind, self._root)
-        self._notifier.ready(f"serves {self._config.bind}, root {self._root}")
+
+    async def _open_eyes(self) -> None:
+        if self._config.http is None:
+            return
+        from .eyes import Eyes  # takes time to import, and an embedded saver has none
+
+        self._eyes = Eyes(self._config.http, self._hub.status, self._root)
+        self._services.on_settled = self._eyes.observe
+        log.info("http://%s/ shows what goes on", await self._eyes.start())
 
     async def _main_loop(self) -> None:
         while not self._stop.is_set():
@@ -179,6 +194,8 @@ class Server:
 
     async def _shutdown(self) -> None:
         await self._hub.drain()
+        if self._eyes is not None:
+            await self._eyes.close()
         self._loop.remove_reader(self._fd)
         self._close_socket()
         self._transport.unlisten()
@@ -204,6 +221,8 @@ class Server:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._signal, self._signal_s = number, self._loop.time()
+        if self._eyes is not None:
+            self._eyes.stopping()
         if self._may_end():
             log.info("signal %d: finishing the commits under way", number)
             self._stop.set()

@@ -14,7 +14,7 @@ from async_ckpt.core.protocol import FromSaver, Rejected
 
 from .clock import RunningClock
 from .rejections import Cause, Rejections
-from .status import ENDED_RUNS, RunStatus
+from .status import ENDED_RUNS, RunStatus, SaveStatus
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class Services:
     """`send(identity, message)` never blocks. `root` bounds every write to storage. `incarnation` is new with every
     start of the saver on `endpoint`. Storage is touched in the pool's threads only, so a stuck disk stops no message.
 
-    `ended` are the last runs that are over.
+    `ended` are the last runs that are over. `on_settled` is told of each save that has its outcome.
 
     `lease_s`: after how long a silent rank that cannot be watched counts as dead. `keep_image_s`: how long the newest
     image of a dead run stays in RAM for its successor; `orphan_image_s` where nobody is left to start one.
@@ -40,6 +40,7 @@ class Services:
     orphan_image_s: float = 20.0
     rejections: Rejections = field(default_factory=Rejections)
     ended: deque[RunStatus] = field(default_factory=lambda: deque(maxlen=ENDED_RUNS))
+    on_settled: Callable[[SaveStatus], None] = lambda save: None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="storage")

@@ -97,6 +97,14 @@ CURVE_ALLOW = Setting(
     "DIR",
     "for tcp: the *.key files of the clients that may connect",
 )
+HTTP = Setting(
+    "http",
+    _text,
+    "PORT or HOST:PORT, as in 127.0.0.1:9471",
+    "",
+    "[HOST:]PORT",
+    "show status, metrics and a page there, to whoever can reach it; without a host on 127.0.0.1",
+)
 KEEP_IMAGE = Setting(
     "keep_image_s",
     _seconds,
@@ -117,7 +125,7 @@ LOG_LEVEL = Setting(
     "log_level", _one_of(*_LEVELS), f"one of {', '.join(_LEVELS)}", "info", "LEVEL", "say no less than this"
 )
 
-SETTINGS = (BIND, ROOT, CURVE_SECRET, CURVE_ALLOW, KEEP_IMAGE, GRACE, LOG_LEVEL)
+SETTINGS = (BIND, ROOT, CURVE_SECRET, CURVE_ALLOW, KEEP_IMAGE, GRACE, HTTP, LOG_LEVEL)
 
 
 def resolve(

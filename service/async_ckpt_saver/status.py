@@ -30,11 +30,13 @@ RunState = Literal["starting", "live", "kept", "ended"]
 
 
 class StagedBy(msgspec.Struct, frozen=True):
-    """`copy_s` is the time of the rank's copy into the image, `at_unix_s` when the saver heard of it."""
+    """`copy_s` is the time of the rank's copy into the image, `stall_s` what the save has cost its training thread,
+    `at_unix_s` when the saver heard of it."""
 
     rank: int
     at_unix_s: float
     copy_s: float
+    stall_s: float
 
 
 class SaveStatus(msgspec.Struct, frozen=True):
@@ -75,7 +77,8 @@ class SlotStatus(msgspec.Struct, frozen=True):
 
 class RunStatus(msgspec.Struct, frozen=True):
     """`failures` counts saves that were not committed, by cause. `queue` are the steps that are staged or being staged
-    and not yet being written. `last_commit_age_s` is None before the first commit that this saver made."""
+    and not yet being written. `last_commit_step` and `last_commit_age_s` are None before the first commit that this
+    saver made. `image_bytes` is the shared memory that the run holds."""
 
     directory: str
     job: str
@@ -90,7 +93,9 @@ class RunStatus(msgspec.Struct, frozen=True):
     failures: dict[str, int]
     queue: list[int]
     last_error: str
+    last_commit_step: int | None
     last_commit_age_s: float | None
+    image_bytes: int
 
 
 class SaverStatus(msgspec.Struct, frozen=True):
@@ -110,7 +115,7 @@ class SaverStatus(msgspec.Struct, frozen=True):
 class _Save:
     def __init__(self, step: int, slot: int, started_s: float) -> None:
         self.step, self.slot, self.started_s = step, slot, started_s
-        self.staged: dict[int, tuple[float, float]] = {}
+        self.staged: dict[int, tuple[float, Staged]] = {}
         self.write_started_s: float | None = None
         self.settled_s: float | None = None
         self.settled: Settled | None = None
@@ -125,8 +130,11 @@ class Chronicle:
     written, "commit_failed" (anything else then).
     """
 
-    def __init__(self, now_s: Callable[[], float]) -> None:
+    def __init__(
+        self, now_s: Callable[[], float], on_settled: Callable[[SaveStatus], None] = lambda save: None
+    ) -> None:
         self.now_s = now_s
+        self._on_settled = on_settled
         self._saves: OrderedDict[int, _Save] = OrderedDict()
         self._causes: dict[int, str] = {}
         self.heard_s: dict[int, float] = {}
@@ -135,6 +143,7 @@ class Chronicle:
         self.failures: Counter[str] = Counter()
         self.last_error = ""
         self.last_commit_s: float | None = None
+        self.last_commit_step: int | None = None
 
     def heard(self, rank: int, message: FromRank) -> None:
         """A rank said something."""
@@ -146,7 +155,7 @@ class Chronicle:
         if save.settled is not None:
             return  # said again
         if isinstance(message, Staged):
-            save.staged.setdefault(rank, (now_s, message.copy_s))
+            save.staged.setdefault(rank, (now_s, message))
         else:
             self._causes.setdefault(message.step, "copy_failed" if isinstance(message, Failed) else "slot_busy")
 
@@ -185,11 +194,12 @@ class Chronicle:
         if settled.outcome == "committed":
             self.committed += 1
             self.committed_bytes += settled.bytes
-            self.last_commit_s = save.settled_s
-            return
-        save.cause = cause
-        self.failures[cause] += 1
-        self.last_error = f"step {settled.step} {settled.outcome}: {settled.reason}"
+            self.last_commit_s, self.last_commit_step = save.settled_s, settled.step
+        else:
+            save.cause = cause
+            self.failures[cause] += 1
+            self.last_error = f"step {settled.step} {settled.outcome}: {settled.reason}"
+        self._on_settled(_save_status(save, wall_clock_s() - now_s))
 
 
 def encode_status(status: SaverStatus) -> bytes:
@@ -229,7 +239,9 @@ def run_status(
         failures=dict(chronicle.failures),
         queue=queue,
         last_error=chronicle.last_error,
+        last_commit_step=chronicle.last_commit_step,
         last_commit_age_s=None if chronicle.last_commit_s is None else now_s - chronicle.last_commit_s,
+        image_bytes=image.allocated_bytes(),
     )
 
 
@@ -261,7 +273,10 @@ def _save_status(save: _Save, to_unix_s: float) -> SaveStatus:
         step=save.step,
         slot=save.slot,
         started_unix_s=save.started_s + to_unix_s,
-        staged=[StagedBy(rank, at_s + to_unix_s, copy_s) for rank, (at_s, copy_s) in sorted(save.staged.items())],
+        staged=[
+            StagedBy(rank, at_s + to_unix_s, said.copy_s, said.stall_s)
+            for rank, (at_s, said) in sorted(save.staged.items())
+        ],
         write_started_unix_s=unix(save.write_started_s),
         settled_unix_s=unix(save.settled_s),
         outcome="open" if settled is None else settled.outcome,

@@ -120,6 +120,7 @@ def test_config_says_where_each_value_comes_from(
         "root": {"value": "/from/environment", "source": "environment", "where": "ASYNC_CKPT_ROOT"},
         "curve_secret": {"value": "", "source": "default", "where": ""},
         "curve_allow": {"value": "", "source": "default", "where": ""},
+        "http": {"value": "", "source": "default", "where": ""},
         "keep_image_s": {"value": 900.0, "source": "default", "where": ""},
         "grace_s": {"value": 25.0, "source": "default", "where": ""},
         "log_level": {"value": "debug", "source": "file", "where": str(file)},

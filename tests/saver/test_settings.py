@@ -57,6 +57,7 @@ def test_every_setting_has_its_own_origin() -> None:
         "log_level": ("debug", "file", FILE),
         "curve_secret": ("", "default", ""),
         "curve_allow": ("", "default", ""),
+        "http": ("", "default", ""),
         "keep_image_s": (900.0, "default", ""),
         "grace_s": (25.0, "default", ""),
     }

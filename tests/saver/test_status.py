@@ -50,7 +50,7 @@ def test_the_time_line_of_a_save() -> None:
     told.do(told.machine.commit_done(1, Settled(step=1, slot=1, outcome="committed", bytes=7, write_s=0.1)))
     assert save.settled_s is not None
     assert save.write_started_s is not None
-    assert [copy_s for _, copy_s in save.staged.values()] == [0.25, 0.5]
+    assert [said.copy_s for _, said in save.staged.values()] == [0.25, 0.5]
     order = [save.started_s, *(at_s for at_s, _ in save.staged.values()), save.write_started_s, save.settled_s]
     assert sorted(order) == order
     assert (told.chronicle.committed, told.chronicle.committed_bytes, told.chronicle.failures) == (1, 7, {})

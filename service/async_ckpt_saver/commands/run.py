@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .. import exit_codes
-from ..settings import BIND, CURVE_ALLOW, CURVE_SECRET, GRACE, KEEP_IMAGE, LOG_LEVEL, ROOT, Setting, require
+from ..settings import BIND, CURVE_ALLOW, CURVE_SECRET, GRACE, HTTP, KEEP_IMAGE, LOG_LEVEL, ROOT, Setting, require
 from .options import add_file, add_settings, effective
 
 HELP = "serve the ranks of this host until SIGTERM"
@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
     "where": (BIND, ROOT),
     "keys": (CURVE_SECRET, CURVE_ALLOW),
     "time": (KEEP_IMAGE, GRACE),
-    "log": (LOG_LEVEL,),
+    "eyes": (HTTP, LOG_LEVEL),
 }
 SETTINGS = tuple(setting for group in GROUPS.values() for setting in group)
 
@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
     from async_ckpt.core.transport import EndpointInUse
 
+    from ..http_listener import parse_address
     from ..server import Config, Server
 
     logging.basicConfig(
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
         embedded=options.embedded,
         curve_secret=_path(values["curve_secret"].value),
         curve_allow=_path(values["curve_allow"].value),
+        http=parse_address(values["http"].value) if values["http"].value else None,
         keep_image_s=keep_image_s,
         grace_s=values["grace_s"].value,
         orphan_image_s=min(20.0, keep_image_s) if options.embedded else keep_image_s,

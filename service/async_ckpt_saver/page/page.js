@@ -1,7 +1,7 @@
 "use strict";
 // Shows what /events sends, which is /status.json again and again. Text goes in as text, never as HTML.
 
-const PHASES = ["stall", "copy", "write", "commit", "upload"];
+const PHASES = ["stall", "copy", "write", "commit"];
 
 function element(name, classes, ...children) {
   const made = document.createElement(name);
@@ -27,14 +27,19 @@ function fact(name, value) {
   return element("li", "", `${name} `, element("b", "", String(value)));
 }
 
+// Seconds of each phase; of what ranks do side by side, the slowest one's.
+function phases(save) {
+  const slowest = (name) => save.staged.reduce((longest, rank) => Math.max(longest, rank[name]), 0);
+  return { stall: slowest("stall_s"), copy: slowest("copy_s"), write: save.write_s, commit: save.commit_s };
+}
+
 function total(save) {
-  return PHASES.reduce((sum, phase) => sum + (save[`${phase}_s`] || 0), 0);
+  return Object.values(phases(save)).reduce((sum, lasted_s) => sum + lasted_s, 0);
 }
 
 function bar(save, longest_s) {
   const made = element("div", "timeline");
-  for (const phase of PHASES) {
-    const lasted_s = save[`${phase}_s`];
+  for (const [phase, lasted_s] of Object.entries(phases(save))) {
     if (!lasted_s) continue;
     const part = element("i", phase);
     part.style.width = `${(100 * lasted_s) / longest_s}%`;
@@ -45,7 +50,8 @@ function bar(save, longest_s) {
 }
 
 function row(save, longest_s) {
-  const wide = PHASES.slice(0, 4).map((phase) => element("td", "wide", seconds(save[`${phase}_s`])));
+  const lasted_s = phases(save);
+  const wide = PHASES.map((phase) => element("td", "wide", seconds(lasted_s[phase])));
   if (save.outcome !== "committed" && save.outcome !== "open") {
     const why = element("td", "bad", `${save.outcome}: ${save.reason}`);
     why.colSpan = 7;
@@ -71,17 +77,16 @@ function section(run) {
     return made;
   });
   const facts = [fact("state", run.state), fact("ranks", run.world), fact("in shared memory", size(run.image_bytes))];
-  if (run.last_commit) facts.push(fact("newest", `step ${run.last_commit.step}, ${seconds(run.last_commit.age_s)} ago`));
-  const error = run.last_error ? element("p", "bad", run.last_error) : null;
+  if (run.last_commit_step !== null) facts.push(fact("newest", `step ${run.last_commit_step}, ${seconds(run.last_commit_age_s)} ago`));
   return element("section", "", element("h2", "", run.directory), element("ul", "facts", ...facts),
-    element("ul", "ranks", ...ranks), error, saves(run));
+    element("ul", "ranks", ...ranks), saves(run));
 }
 
 function show(status) {
-  const saver = status.saver;
   document.getElementById("saver").textContent =
-    `${saver.version}, pid ${saver.pid}, up ${seconds(saver.uptime_s)}, ${size(saver.rss_bytes)} resident, ${saver.endpoint}, root ${saver.root}`;
-  const runs = status.runs.length ? status.runs.map(section) : [element("section", "", "no run is attached")];
+    `${status.version}, pid ${status.pid}, up ${seconds(status.uptime_s)}, ${size(status.rss_bytes)} resident, ${status.endpoint}, root ${status.root}`;
+  const all = [...status.runs, ...[...status.ended].reverse()];
+  const runs = all.length ? all.map(section) : [element("section", "", "no run has attached yet")];
   document.getElementById("runs").replaceChildren(...runs);
 }
 
