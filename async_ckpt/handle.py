@@ -27,6 +27,7 @@ class SaveHandle:
     def __init__(self, step: int, path: Path, timeout_s: float) -> None:
         self.step = step
         self.stall_s = 0.0
+        self.started_s = time.perf_counter()
         self.copy_s: float | None = None
         self.write_s: float | None = None
         self.commit_s: float | None = None

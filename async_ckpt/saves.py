@@ -168,10 +168,18 @@ class Saves:
             if handle is not None:
                 self._fail(copy.slot, handle, str(copy.error) if expected else f"the copy failed: {copy.error!r}")
             return
+        stall_s = 0.0
         if handle is not None:
             handle.copy_s = copy.copy_s
+            stall_s = self._stall_s(handle)
         slot, step, copy_s = copy.slot.index, copy.step, copy.copy_s
-        self._client.report(lambda seq: Staged(seq=seq, slot=slot, step=step, copy_s=copy_s))
+        self._client.report(lambda seq: Staged(seq=seq, slot=slot, step=step, copy_s=copy_s, stall_s=stall_s))
+
+    def _stall_s(self, handle: SaveHandle) -> float:
+        """What the save has cost the training thread, which may be in `save` still, or at the fence."""
+        now_s, fenced_since_s = time.perf_counter(), self._staging.fenced_since_s
+        in_save_s = handle.stall_s or now_s - handle.started_s
+        return in_save_s + (now_s - fenced_since_s if fenced_since_s is not None else 0.0)
 
     def settled(self, settled: Settled) -> None:
         """The saver says how a step has ended."""

@@ -105,6 +105,7 @@ class Staging:
         self._overlap = overlap
         self._replicated = replicated
         self._in_flight: list[Copy] = []
+        self.fenced_since_s: float | None = None  # the training thread waits in `fence` since then
         self._streams: dict[torch.device, Any] = {}
         self._settled = False
         # Made now, since making a stream later may synchronise the device.
@@ -155,13 +156,14 @@ class Staging:
 
         On CUDA it is the current stream that waits, not the caller.
         """
-        started_s = time.perf_counter()
+        started_s = self.fenced_since_s = time.perf_counter()
         for copy in self._in_flight:
             for device, event in copy.device_events:
                 torch.cuda.current_stream(device).wait_event(event)
             if copy.host != ([], []) or self._replicated:
                 copy.copied.wait()
         self._in_flight.clear()
+        self.fenced_since_s = None
         return time.perf_counter() - started_s
 
     def _batch(self, slot: Slot, indices: Sequence[int]) -> Batch:
