@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,6 +132,8 @@ def attach(
     def join() -> Joined:
         _attempts[path] += 1
         identity = _Identity(options, f"{topology.job}:{_attempts[path]}", topology)
+        if embedded is not None and topology.world > 1:  # alone, what cannot be planned is an error before any start
+            threading.Thread(target=_start_early, args=(embedded,), name="async-ckpt-start", daemon=True).start()
         plan = _plan(make_plan, topology)
         client = Client(transport, embedded, keys)
         try:
@@ -150,6 +154,12 @@ def attach(
         rejoin=join,
         on_close=lambda: _attached.discard(path),
     )
+
+
+def _start_early(embedded: EmbeddedSaver) -> None:
+    """The saver starts while this rank plans. The client waits for it, and says what is wrong if it does not come."""
+    with contextlib.suppress(CheckpointError):
+        embedded.ensure()
 
 
 def _read_keys() -> ClientKeys | None:

@@ -10,7 +10,7 @@ import torch
 Batch = tuple[list[torch.Tensor], list[torch.Tensor]]  # targets and sources, in parallel
 
 _LINE_BYTES = 64  # a cache line, and the widest vector register
-_WORTH_BYTES = 1 << 14  # below this a second entry in the batch costs more than it saves
+_WORTH_BYTES = 1 << 16  # below half of this a second entry in the batch costs more than it saves
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ One snapshot's states on this rank: WRITING (the cell says so before the first b
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import threading
@@ -126,7 +127,16 @@ class Staging:
         Raises CheckpointError if a tensor was replaced since attach; where the staging thread finds that out, it is
         the copy's `error`.
         """
-        copy = Copy(slot, step, make_record, on_done)
+        collects = gc.isenabled()
+        gc.disable()  # a collection walks the whole model's objects, and the training would stand still for it
+        try:
+            return self._begin(Copy(slot, step, make_record, on_done))
+        finally:
+            if collects:
+                gc.enable()
+
+    def _begin(self, copy: Copy) -> Copy:
+        slot, step = copy.slot, copy.step
         self._in_flight = [earlier for earlier in self._in_flight if not earlier.copied.is_set()]
         buffers = self._batch(slot, self._buffers)
         if self._thread_may_check():

@@ -22,10 +22,10 @@ MAIN_SHAPE = "560"
 SHAPES = (
     Shape(MAIN_SHAPE, "560 tensors, 207 MB", 2, 40, 16, ALL, repetitions=7, loops=3, restores=True),
     Shape("2240", "2240 tensors, the same bytes", 2, 160, 4, MAIN, repetitions=5, loops=0),
-    Shape("1120", "1120 tensors, 414 MB", 2, 80, 16, MAIN, repetitions=5, loops=2),
-    Shape("560-adamw", "560 tensors and AdamW's state, 621 MB", 2, 40, 16, MAIN, repetitions=5, loops=2, adamw=True),
-    Shape("1120-adamw", "1120 tensors and AdamW's state, 1242 MB", 2, 80, 16, MAIN, repetitions=3, loops=0, adamw=True),
-    Shape("560-4-ranks", "560 tensors, 207 MB, 4 ranks", 4, 40, 16, MAIN, repetitions=5, loops=0),
+    Shape("1120", "1120 tensors, 414 MB", 2, 80, 16, MAIN, repetitions=3, loops=1),
+    Shape("560-adamw", "560 tensors and AdamW's state, 621 MB", 2, 40, 16, MAIN, repetitions=3, loops=1, adamw=True),
+    Shape("1120-adamw", "1120 tensors and AdamW's state, 1242 MB", 2, 80, 16, MAIN, repetitions=2, loops=0, adamw=True),
+    Shape("560-4-ranks", "560 tensors, 207 MB, 4 ranks", 4, 40, 16, MAIN, repetitions=3, loops=0),
 )
 QUICK = (
     Shape(MAIN_SHAPE, "28 tensors, 0.6 MB", 2, 2, 16, ALL, repetitions=2, loops=1, restores=True, scale=16),

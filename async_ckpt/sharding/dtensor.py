@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from .sources import Sources
 _STATE_ATTRIBUTES = ("_get_fsdp_state",)
 _GROUP_ATTRIBUTES = ("fsdp_params",)
 _PARAMETER_ATTRIBUTES = ("_module_info", "sharded_param", "to_sharded")
+# Mesh -> global shape and placements -> the pieces of such a tensor on this rank.
+_chunks: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 _INFO_ATTRIBUTES = ("module", "param_name", "shared_modules", "shared_param_names")
 _DTENSOR_ATTRIBUTES = ("_local_tensor", "__create_chunk_list__")
 
@@ -167,7 +170,12 @@ def _groups(model: nn.Module) -> Iterator[Any]:
 
 
 def _region(name: str, parameter: DTensor) -> Region:
-    chunks = parameter.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    # Layers are alike, and to ask torch takes longer than all else that is done for a parameter.
+    known = _chunks.setdefault(parameter.device_mesh, {})
+    key = (tuple(parameter.shape), tuple(parameter.placements))
+    if key not in known:
+        known[key] = parameter.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    chunks = known[key]
     sizes = tuple(parameter._local_tensor.shape)
     if len(chunks) != 1 or tuple(chunks[0].sizes) != sizes:
         raise CheckpointError(

@@ -20,7 +20,7 @@ WRAPPED_CHILDREN = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_modul
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside DDP, FSDP1, activation checkpointing and `torch.compile`, however they are nested."""
-    while (inner := _wrapped(module)) is not None:
+    while len(module._modules) == 1 and (inner := _wrapped(module)) is not None:
         module = inner
     return module
 
@@ -34,8 +34,9 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     while stack:
         path, module = stack.pop()
         yield path, module
-        children = [(join(path, key), unwrap(child)) for key, child in module._modules.items() if child is not None]
-        stack.extend(reversed(children))
+        if module._modules:  # most have none
+            children = [(join(path, key), unwrap(child)) for key, child in module._modules.items() if child is not None]
+            stack.extend(reversed(children))
 
 
 def every_module(model: nn.Module) -> Iterator[nn.Module]:
