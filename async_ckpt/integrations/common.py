@@ -25,11 +25,6 @@ _POLL_S = 0.01
 _EXPORT = ".async-ckpt-export"
 
 
-def missing(extra: str, error: ImportError) -> ImportError:
-    """What to raise for `error`, met while importing the library of an integration."""
-    return ImportError(f"async_ckpt.integrations.{extra}: {error}; pip install 'async-ckpt[{extra}]'")
-
-
 def adapter_names(model: torch.nn.Module) -> tuple[str, ...]:
     """All adapters of the PEFT model in `model`, however wrapped: `save_pretrained` writes them all."""
     for module in model.modules():

@@ -12,17 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from async_ckpt import CheckpointError, attach
-from async_ckpt.checkpointer import Checkpointer
-from async_ckpt.plain import from_plain, to_plain
-from async_ckpt.rng import read_rng, restore_rng
-
-from .common import adapter_names, missing
+from .extras import missing
 
 try:
     from lightning.pytorch import Callback
 except ImportError as _error:
     raise missing("lightning", _error) from _error
+
+from async_ckpt import CheckpointError, attach
+from async_ckpt.checkpointer import Checkpointer
+from async_ckpt.plain import from_plain, to_plain
+from async_ckpt.rng import read_rng, restore_rng
+
+from .common import adapter_names
 
 __all__ = ["AsyncCheckpoint"]
 

@@ -18,17 +18,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from async_ckpt import CheckpointError, SaveHandle, attach
-from async_ckpt.checkpointer import Checkpointer
-
-from .common import adapter_names, missing
+from .extras import missing
 
 try:
     from llama_cookbook.utils import train_utils
 except ImportError as _error:
     raise missing("llama_cookbook", _error) from _error
+
+import torch
+
+from async_ckpt import CheckpointError, SaveHandle, attach
+from async_ckpt.checkpointer import Checkpointer
+
+from .common import adapter_names
 
 __all__ = ["patch"]
 

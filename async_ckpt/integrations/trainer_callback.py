@@ -5,13 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from async_ckpt import attach
-from async_ckpt.checkpointer import Checkpointer
-from async_ckpt.core.errors import CheckpointError
-from async_ckpt.rng import read_rng, restore_rng
-
-from .common import adapter_names, check_start, is_ours, missing
-from .trainer_common import ADVICE, logged_metrics, restore_at, rotate, trainer_state_kept
+from .extras import missing
 
 try:
     from transformers import TrainerCallback
@@ -19,6 +13,14 @@ try:
     from transformers.trainer_utils import HubStrategy, SaveStrategy
 except ImportError as _error:
     raise missing("transformers", _error) from _error
+
+from async_ckpt import attach
+from async_ckpt.checkpointer import Checkpointer
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.rng import read_rng, restore_rng
+
+from .common import adapter_names, check_start, is_ours
+from .trainer_common import ADVICE, logged_metrics, restore_at, rotate, trainer_state_kept
 
 
 class AsyncCheckpointCallback(TrainerCallback):  # type: ignore[misc]

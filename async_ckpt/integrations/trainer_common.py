@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from async_ckpt import latest
-from async_ckpt.checkpointer import Checkpointer
-from async_ckpt.core.errors import CheckpointError
-
-from .common import files_written, missing
+from .extras import missing
 
 try:
     from transformers.trainer_utils import rotate_checkpoints
 except ImportError as _error:
     raise missing("transformers", _error) from _error
+
+from async_ckpt import latest
+from async_ckpt.checkpointer import Checkpointer
+from async_ckpt.core.errors import CheckpointError
+
+from .common import files_written
 
 log = logging.getLogger(__name__)
 

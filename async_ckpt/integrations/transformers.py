@@ -16,20 +16,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from async_ckpt import SaveHandle, attach
-from async_ckpt.checkpointer import Checkpointer
-from async_ckpt.core.errors import CheckpointError
-from async_ckpt.rng import read_rng, restore_rng
-
-from .common import adapter_names, check_start, export, is_ours, missing, wait_for_staged
-from .trainer_callback import AsyncCheckpointCallback
-from .trainer_common import ADVICE, logged_metrics, restore_at, rotate, settle, tokenizer_files, trainer_state_kept
+from .extras import missing
 
 try:
     from transformers import Trainer
     from transformers.trainer_utils import HubStrategy, SaveStrategy
 except ImportError as _error:
     raise missing("transformers", _error) from _error
+
+from async_ckpt import SaveHandle, attach
+from async_ckpt.checkpointer import Checkpointer
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.rng import read_rng, restore_rng
+
+from .common import adapter_names, check_start, export, is_ours, wait_for_staged
+from .trainer_callback import AsyncCheckpointCallback
+from .trainer_common import ADVICE, logged_metrics, restore_at, rotate, settle, tokenizer_files, trainer_state_kept
 
 __all__ = ["AsyncCheckpointCallback", "AsyncCheckpointMixin"]
 

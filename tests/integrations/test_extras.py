@@ -16,7 +16,9 @@ from tests.system.processes import environment
     [
         ("transformers", "transformers.trainer_utils", "transformers"),
         ("llama_cookbook", "llama_cookbook", "llama_cookbook"),
-        ("lightning", "torch", "train"),
+        ("lightning", "lightning", "lightning"),
+        ("lightning", "torch", "lightning"),
+        ("trainer_callback", "transformers", "transformers"),
     ],
 )
 def test_the_extra_is_named(module: str, missing: str, extra: str) -> None:
@@ -24,6 +26,6 @@ def test_the_extra_is_named(module: str, missing: str, extra: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: async_ckpt.integrations"), done.stderr
+    assert last.startswith(f"ImportError: async_ckpt.integrations.{extra}: "), done.stderr
     assert last.endswith(f"pip install 'async-ckpt[{extra}]'")
     assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
