@@ -54,6 +54,9 @@ def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # On the terminal, what is printed meanwhile goes above the bar. From a file or a pipe rich would take it away.
+    above = sys.stdout.isatty()
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, redirect_stdout=above) as bar:
         task = bar.add_task(title, total=total_bytes)
         yield lambda done_bytes: bar.update(task, advance=done_bytes)

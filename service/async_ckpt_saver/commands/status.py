@@ -22,6 +22,7 @@ EXAMPLE = "async-ckpt-saver status --bind ipc:///run/async-ckpt/saver.sock --wat
 
 _WATCH_S = 1.0
 _SAVES_SHOWN = 8
+_RANKS_SHOWN = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +55,12 @@ def run(options: argparse.Namespace) -> int:
 
 def render(status: SaverStatus) -> str:
     """For people: one block a run."""
-    head = (f"saver {status.pid} at {status.endpoint}, up {age(status.uptime_s)}, {size(status.rss_bytes)} of memory, "
-            f"version {status.version}, root {status.root}")  # fmt: skip
+    head = (f"saver {status.pid} at {status.endpoint}\n"
+            f"  up {age(status.uptime_s)}, {size(status.rss_bytes)} of memory, version {status.version}\n"
+            f"  root {status.root}")  # fmt: skip
     rejected = [f"{count} {cause}" for cause, count in status.rejected_messages.items() if count]
     if rejected:
-        head += f"\nrejected messages: {', '.join(rejected)}"
+        head += f"\n  rejected messages: {', '.join(rejected)}"
     runs = [_run(run, status.now_unix_s) for run in [*status.runs, *status.ended]]
     return "\n\n".join([head, *(runs or ["no runs"])])
 
@@ -85,10 +87,17 @@ def _watch(ask: Callable[[], SaverStatus], as_json: bool) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(Text(render(ask())), screen=True, auto_refresh=False) as live:
+    def screen(status: SaverStatus) -> Text:
+        text = Text(f"{render(status)}\n\nevery {_WATCH_S:g} s; Ctrl-C ends this, not the saver", no_wrap=True)
+        text.highlight_regex(r"^\S.*", "bold")
+        text.highlight_regex(r"\bfailed.*|\bgone\b|last error: .*|rejected messages: .*", "red")
+        text.highlight_regex(r"\bskipped.*|waiting: .*", "yellow")
+        return text
+
+    with Live(screen(ask()), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(_WATCH_S)
-            live.update(Text(render(ask())), refresh=True)
+            live.update(screen(ask()), refresh=True)
 
 
 def _json(status: SaverStatus, *, one_line: bool = False) -> str:
@@ -99,14 +108,13 @@ def _json(status: SaverStatus, *, one_line: bool = False) -> str:
 
 
 def _run(run: RunStatus, now_unix_s: float) -> str:
-    ranks = [f"{rank.rank} (pid {rank.pid}{'' if rank.alive else ', gone'})" for rank in run.ranks]
     slots = [f"{slot.slot}: {f'step {slot.step}' if slot.step is not None else '/'.join(sorted(set(slot.phases)))}"
              for slot in run.slots]  # fmt: skip
     last = "none yet" if run.last_commit_age_s is None else f"{age(run.last_commit_age_s)} ago"
     failed = ", ".join(f"{count} {cause}" for cause, count in run.failures.items())
     lines = [
-        f"{run.directory}  {run.state}, job {run.job}",
-        f"  ranks {', '.join(ranks)}",
+        f"{run.directory}  {run.state}, job {run.job.strip(':')}",
+        f"  ranks {_ranks(run)}",
         f"  slots {'  '.join(slots)}",
         f"  {run.committed} committed, {size(run.committed_bytes)}, last {last}"
         + (f"; not committed: {failed}" if failed else "")
@@ -119,6 +127,16 @@ def _run(run: RunStatus, now_unix_s: float) -> str:
         shown = table((">step", ">age", ">stage", ">copy", ">write", ">commit", ">size", "outcome"), rows)
         lines += [f"  {line}" for line in shown.splitlines()]
     return "\n".join(lines)
+
+
+def _ranks(run: RunStatus) -> str:
+    """All of a few; of many only how many there are, and who is gone."""
+    ranks = [f"{rank.rank} (pid {rank.pid}{'' if rank.alive else ', gone'})" for rank in run.ranks]
+    if len(ranks) <= _RANKS_SHOWN:
+        return ", ".join(ranks)
+    gone = [text for rank, text in zip(run.ranks, ranks, strict=True) if not rank.alive]
+    more = [f"{len(gone) - _RANKS_SHOWN} more"] if len(gone) > _RANKS_SHOWN else []
+    return "; ".join([f"{len(ranks)}, {len(ranks) - len(gone)} alive", *gone[:_RANKS_SHOWN], *more])
 
 
 def _save(save: SaveStatus, now_unix_s: float) -> tuple[str, ...]:
