@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from async_ckpt_saver import exit_codes
 from async_ckpt_saver.cli import build_parser, main
 from async_ckpt_saver.commands import VERBS, load
-from async_ckpt_saver.commands.status import render
-from async_ckpt_saver.status import RankStatus, RunStatus, SaverStatus
+from async_ckpt_saver.commands.status import describe_ranks
+from async_ckpt_saver.status import RankStatus
 
 HEAVY = {"asyncio", "zmq", "uvloop", "msgspec", "rich", "numpy", "torch", "xxhash", "dataclasses", "logging", "shtab"}
 
@@ -134,12 +134,11 @@ def test_config_says_where_each_value_comes_from(
 
 def test_of_many_ranks_only_those_that_are_gone_are_named() -> None:
     ranks = [RankStatus(rank, 100 + rank, rank not in (3, 900), None) for rank in range(1000)]
-    run = RunStatus("/data/run", "job", "run-1", "live", 1000, ranks, [], [], 0, 0, {}, [], "", None)
-    saver = SaverStatus(1, "0.1.0", "ipc:///s", "/data", "", 1.0, 1, {}, 0.0, [run], [])
-    assert "  ranks 1000, 998 alive; 3 (pid 103, gone); 900 (pid 1000, gone)\n" in render(saver)
-    none_alive = replace(saver, runs=[replace(run, ranks=[replace(rank, alive=False) for rank in ranks])])
-    assert "ranks 1000, 0 alive; 0 (pid 100, gone)" in render(none_alive)
-    assert "7 (pid 107, gone); 992 more\n" in render(none_alive)
+    assert describe_ranks(ranks[:4]) == "0 (pid 100), 1 (pid 101), 2 (pid 102), 3 (pid 103, gone)"
+    assert describe_ranks(ranks) == "1000, 998 alive; 3 (pid 103, gone); 900 (pid 1000, gone)"
+    none_lives = describe_ranks([replace(rank, alive=False) for rank in ranks])
+    assert none_lives.startswith("1000, 0 alive; 0 (pid 100, gone); ")
+    assert none_lives.endswith("; 7 (pid 107, gone); 992 more")
 
 
 def test_verify_tells_what_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

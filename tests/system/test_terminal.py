@@ -86,15 +86,16 @@ def test_status_watch_on_a_terminal(folder: Path) -> None:
 def test_a_log_gets_plain_lines(folder: Path) -> None:
     with Daemon(folder / "d", folder) as daemon:
         command = [sys.executable, "-m", "async_ckpt_saver", "status", "--watch", "--bind", daemon.endpoint]
-        with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watching:
-            assert watching.stdout is not None
-            lines = []
-            while lines.count(b"no runs\n") < 2:
-                lines.append(watching.stdout.readline())
-            watching.send_signal(signal.SIGINT)
-            rest, errors = watching.communicate(timeout=30)
-            assert (watching.returncode, errors) == (0, b"")
-    assert b"\x1b" not in b"".join(lines) + rest
+        log = folder / "log"
+        with log.open("wb") as file, subprocess.Popen(command, env=environment(), stdout=file, stderr=file) as watching:
+            try:
+                until(lambda: log.read_text().count("\nno runs\n") >= 2, "two reports in the log")
+                watching.send_signal(signal.SIGINT)
+                assert watching.wait(30) == 0
+            finally:
+                watching.kill()
+    assert "\x1b" not in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 def _directory(folder: Path) -> Path:

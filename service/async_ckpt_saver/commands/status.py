@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .. import exit_codes
@@ -15,7 +15,7 @@ from .options import add_file, add_settings, effective
 from .output import age, has_rich, size, table
 
 if TYPE_CHECKING:
-    from ..status import RunStatus, SaverStatus, SaveStatus
+    from ..status import RankStatus, RunStatus, SaverStatus, SaveStatus
 
 HELP = "ask a living saver for its runs and their last saves"
 EXAMPLE = "async-ckpt-saver status --bind ipc:///run/async-ckpt/saver.sock --watch"
@@ -63,6 +63,16 @@ def render(status: SaverStatus) -> str:
         head += f"\n  rejected messages: {', '.join(rejected)}"
     runs = [_run(run, status.now_unix_s) for run in [*status.runs, *status.ended]]
     return "\n\n".join([head, *(runs or ["no runs"])])
+
+
+def describe_ranks(ranks: Sequence[RankStatus]) -> str:
+    """All of a few; of many only how many there are, and who is gone."""
+    texts = [f"{rank.rank} (pid {rank.pid}{'' if rank.alive else ', gone'})" for rank in ranks]
+    if len(ranks) <= _RANKS_SHOWN:
+        return ", ".join(texts)
+    gone = [text for rank, text in zip(ranks, texts, strict=True) if not rank.alive]
+    more = [f"{len(gone) - _RANKS_SHOWN} more"] if len(gone) > _RANKS_SHOWN else []
+    return "; ".join([f"{len(ranks)}, {len(ranks) - len(gone)} alive", *gone[:_RANKS_SHOWN], *more])
 
 
 def _endpoint(options: argparse.Namespace) -> str:
@@ -114,7 +124,7 @@ def _run(run: RunStatus, now_unix_s: float) -> str:
     failed = ", ".join(f"{count} {cause}" for cause, count in run.failures.items())
     lines = [
         f"{run.directory}  {run.state}, job {run.job.strip(':')}",
-        f"  ranks {_ranks(run)}",
+        f"  ranks {describe_ranks(run.ranks)}",
         f"  slots {'  '.join(slots)}",
         f"  {run.committed} committed, {size(run.committed_bytes)}, last {last}"
         + (f"; not committed: {failed}" if failed else "")
@@ -127,16 +137,6 @@ def _run(run: RunStatus, now_unix_s: float) -> str:
         shown = table((">step", ">age", ">stage", ">copy", ">write", ">commit", ">size", "outcome"), rows)
         lines += [f"  {line}" for line in shown.splitlines()]
     return "\n".join(lines)
-
-
-def _ranks(run: RunStatus) -> str:
-    """All of a few; of many only how many there are, and who is gone."""
-    ranks = [f"{rank.rank} (pid {rank.pid}{'' if rank.alive else ', gone'})" for rank in run.ranks]
-    if len(ranks) <= _RANKS_SHOWN:
-        return ", ".join(ranks)
-    gone = [text for rank, text in zip(run.ranks, ranks, strict=True) if not rank.alive]
-    more = [f"{len(gone) - _RANKS_SHOWN} more"] if len(gone) > _RANKS_SHOWN else []
-    return "; ".join([f"{len(ranks)}, {len(ranks) - len(gone)} alive", *gone[:_RANKS_SHOWN], *more])
 
 
 def _save(save: SaveStatus, now_unix_s: float) -> tuple[str, ...]:
