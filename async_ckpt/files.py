@@ -17,7 +17,8 @@ def own_files(files: Mapping[str, bytes] | None, taken: Collection[str]) -> dict
     """`files` by their paths inside the checkpoint, as bytes that nobody changes afterwards.
 
     `taken` are the paths of the checkpoint's other files. Raises CheckpointError naming the path that leads out of the
-    checkpoint, is taken, or is both a file and a folder; for what is not bytes; and for more than 64 MiB in all.
+    checkpoint, is taken, would be read as weights, or is both a file and a folder; for what is not bytes; and for more
+    than 64 MiB in all.
     """
     if files is None:
         return {}
@@ -43,5 +44,7 @@ def _check_places(files: Mapping[str, bytes], taken: Collection[str]) -> None:
     for path in files:
         if path in taken or path.split("/")[0] == FOLDER:
             raise CheckpointError(f"files[{path!r}]: the checkpoint has a file of its own there; choose another name")
+        if path.endswith(".safetensors"):  # whoever loads the checkpoint, `restore` too, takes them all for weights
+            raise CheckpointError(f"files[{path!r}] would be read as weights; choose a name that ends otherwise")
         if path in folders or not everything.isdisjoint(map(str, PurePosixPath(path).parents)):
             raise CheckpointError(f"files[{path!r}] would be a file and a folder; choose another name")

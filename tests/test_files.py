@@ -28,6 +28,8 @@ def test_they_are_copies() -> None:
         ({"": b""}, "does not name a file inside"),
         ({"async_ckpt.json": b""}, "does not name a file inside"),
         ({"README.md": b""}, "a file of its own"),
+        ({"ema.safetensors": b""}, "would be read as weights"),
+        ({"extra/ema.safetensors": b""}, "would be read as weights"),
         ({"training_state": b""}, "a file of its own"),
         ({"training_state/mine.json": b""}, "a file of its own"),
         ({"other": b""}, "a file and a folder"),

@@ -14,6 +14,7 @@ from async_ckpt.core.transport import CURVE_DOMAIN, next_failure, watch_handshak
 
 from .rejections import Rejections
 
+_EVENTS_A_TURN = 100
 _OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -77,7 +78,10 @@ class Doorkeeper:
         self._drain_zap()
 
     def _drain_monitor(self) -> None:
-        while not self._monitor.closed and (failure := next_failure(self._monitor)) is not None:
+        for _ in range(_EVENTS_A_TURN):
+            failure = None if self._monitor.closed else next_failure(self._monitor)
+            if failure is None:
+                return
             event, value = failure
             if event is zmq.Event.HANDSHAKE_FAILED_AUTH:
                 self._rejections.count("unknown_key", "a client whose public key is not in the directory of keys")
@@ -87,3 +91,4 @@ class Doorkeeper:
                 self._rejections.count("internal", f"a connection could not be accepted: {errno.errorcode[value]}")
             else:
                 self._rejections.count("foreign_user", "a process of another user at the socket")
+        # Out of descriptors, libzmq says so without a pause: the rest waits for `look`, ranks are served before.

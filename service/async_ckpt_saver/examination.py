@@ -21,6 +21,7 @@ from async_ckpt.core.slots import SHM
 from async_ckpt.core.transport import Ipc, transport_of
 
 from .asking import holder
+from .collection import tree_bytes
 from .datafile import ALIGN_BYTES
 from .status import wall_clock_s
 
@@ -74,7 +75,7 @@ def _left_in_shared_memory() -> Iterator[Finding]:
         return
     for run in sorted(home.iterdir()):
         pids = _mapped_by(run)
-        total = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+        total = tree_bytes(run)
         if pids:
             yield Finding("slots", "ok", f"{run}: {total} bytes, in use by pids {pids}")
         else:

@@ -72,7 +72,13 @@ def listing(directory: Path, policy: Policy, now_unix_s: float) -> list[Listed]:
     """The committed checkpoints, in order of step. Raises CheckpointError if `directory` cannot be listed."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory: give the one that attach was given")
-    manifests = [(path, read_manifest(path)) for _, path in committed(directory)]
+    manifests = []
+    for _, path in committed(directory):
+        try:
+            manifests.append((path, read_manifest(path)))
+        except CheckpointError:
+            if path.exists():  # else retention has removed it since
+                raise
     kept = kept_by([(manifest.step, manifest.metrics) for _, manifest in manifests], policy)
     link = directory / LATEST
     named = os.readlink(link) if link.is_symlink() else None

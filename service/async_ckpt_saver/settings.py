@@ -60,7 +60,10 @@ def _text(value: object) -> str:
 def _seconds(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError
-    seconds = float(value)
+    try:
+        seconds = float(value)
+    except OverflowError:
+        raise ValueError from None
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError
     return seconds

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.holding import reading
 from async_ckpt.core.layout import FileLayout
 from async_ckpt.core.manifest import MANIFEST_NAME, Manifest, decode_manifest, is_sealed, parse_step
 
@@ -60,6 +61,11 @@ def verify(checkpoint: Path, progress: Progress = lambda done_bytes: None) -> Re
     """
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a directory: give a checkpoint, or a directory of checkpoints")
+    with reading(checkpoint):
+        return _verify(checkpoint, progress)
+
+
+def _verify(checkpoint: Path, progress: Progress) -> Report:
     present = set(_files(checkpoint))
     manifest, damage = _manifest(checkpoint)
     if manifest is None:

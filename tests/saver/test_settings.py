@@ -72,6 +72,7 @@ def test_an_empty_variable_is_not_set() -> None:
     ("flags", "environ", "document", "said"),
     [
         ({"keep_image_s": "soon"}, {}, {}, "--keep-image-s: 'soon' is not accepted: give a number of seconds"),
+        ({}, {}, {"keep_image_s": 10**400}, f"{FILE}: keep_image_s: 1000"),
         ({"keep_image_s": "-1"}, {}, {}, "--keep-image-s: '-1' is not accepted"),
         ({"keep_image_s": "nan"}, {}, {}, "--keep-image-s: 'nan' is not accepted"),
         ({}, {"ASYNC_CKPT_LOG_LEVEL": "loud"}, {}, "ASYNC_CKPT_LOG_LEVEL: 'loud' is not accepted: give one of debug"),

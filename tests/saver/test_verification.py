@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.holding import BeingRead, removing
 from async_ckpt.core.manifest import read_manifest
 from async_ckpt_saver.verification import Report, planned_bytes, verify
 
@@ -200,3 +201,18 @@ def test_without_torch_and_numpy(sound: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("ok ")
     assert os.fspath(sound) in done.stdout
+
+
+def test_what_is_being_verified_is_not_removed(copied: Path) -> None:
+    """By retention or `gc`, which leave what a reader holds."""
+    tries: list[bool] = []
+
+    def try_to_remove(read_bytes: int) -> None:
+        with pytest.raises(BeingRead), removing(copied):
+            pass
+        tries.append(True)
+
+    assert verify(copied, try_to_remove).damage == []
+    assert len(tries) > 0
+    with removing(copied):
+        pass

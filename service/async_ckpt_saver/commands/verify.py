@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import msgspec
 
+    from async_ckpt.core.errors import CheckpointError
+
     from ..verification import planned_bytes, verify
 
     checkpoints = [checkpoint for path in options.paths for checkpoint in checkpoint_directories(path)]
@@ -29,7 +31,12 @@ def run(options: argparse.Namespace) -> int:
     reports = []
     with progress("verify", total_bytes) as advance:
         for checkpoint in checkpoints:
-            report = verify(checkpoint, advance)
+            try:
+                report = verify(checkpoint, advance)
+            except CheckpointError:
+                if checkpoint.exists() or str(checkpoint) in options.paths:
+                    raise
+                continue  # retention has removed it since the list was made
             reports.append(report)
             if options.json:
                 continue
