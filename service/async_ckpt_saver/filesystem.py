@@ -15,8 +15,14 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 # What kernels and filesystems answer when they do not have an operation, as opposed to failing in it.
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-# What this process made and could not remove.
-_unremoved: set[str] = set()
+# What this process made and could not remove, by its directory: a path through a descriptor means another one later.
+_unremoved: set[tuple[tuple[int, int], str]] = set()
+
+
+def identity(directory: str | os.PathLike[str]) -> tuple[int, int]:
+    """What stays the same whichever path leads to `directory`. Raises OSError."""
+    info = os.stat(directory)
+    return info.st_dev, info.st_ino
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:
@@ -90,22 +96,29 @@ def _renameat2(source: str, destination: str) -> None:
 
 def remove_tree(path: str) -> bool:
     """Delete a directory and all in it; what cannot be deleted is logged, never raised. True if all of it is gone."""
+    directory, name = os.path.split(path)
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
-        _unremoved.discard(path)
-        return True
+        pass
     except OSError as error:
-        _unremoved.add(path)
+        with contextlib.suppress(OSError):
+            _unremoved.add((identity(directory), name))
         logger.error(
             "%s could not be removed, its space stays taken until the next commit tries again: %s", path, error
         )
         return False
-    _unremoved.discard(path)
+    if _unremoved:
+        with contextlib.suppress(OSError):
+            _unremoved.discard((identity(directory), name))
     return True
 
 
 def remove_again(directory: str) -> None:
     """Delete what `remove_tree` could not delete in `directory`, since the filesystem itself had failed."""
-    for path in [path for path in _unremoved.copy() if os.path.dirname(path) == directory]:
-        remove_tree(path)
+    if not _unremoved:
+        return
+    with contextlib.suppress(OSError):
+        here = identity(directory)
+        for name in [name for where, name in _unremoved.copy() if where == here]:
+            remove_tree(os.path.join(directory, name))

@@ -10,14 +10,15 @@ import threading
 from async_ckpt.core.manifest import latest
 
 from .datafile import StepHook
-from .filesystem import fsync_directory
+from .filesystem import fsync_directory, identity
 from .temporaries import claim, new_nonce
 
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
-# Else a commit that looked for the newest checkpoint first could move the link last, and back.
-_lock = threading.Lock()
+# One for each directory: else a commit that looked for the newest checkpoint first could move the link last, and back.
+# A lock for all would let the hung disk of one run hold up the others.
+_locks: dict[tuple[int, int], threading.Lock] = {}
 
 
 def point_latest(
@@ -29,20 +30,21 @@ def point_latest(
     why, if it could not be done.
     """
     link = os.path.join(directory, LATEST)
-    with _lock:
-        try:
+    try:
+        with _locks.setdefault(identity(directory), threading.Lock()):
             newest = latest(directory)
             if newest is None or (os.path.islink(link) and os.readlink(link) == newest.name):
                 return True
             if os.path.lexists(link) and not os.path.islink(link):
-                raise FileExistsError(errno.EEXIST, "is no symbolic link and was not made by async_ckpt", link)
+                problem = "is no symbolic link and was not made by async_ckpt: move it away"
+                raise FileExistsError(errno.EEXIST, problem, link)
             _replace(link, newest.name, f".{LATEST}.{nonce or new_nonce()}.tmp", step_hook)
             step_hook("fsync-latest")
             fsync_directory(directory)
             step_hook("done")
-        except Exception as error:
-            logger.error("%s was not moved to the newest checkpoint: %s", link, error)
-            return False
+    except Exception as error:
+        logger.error("%s was not moved to the newest checkpoint: %s", link, error)
+        return False
     return True
 
 
