@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 
 from tests.deploy.metric_names import SAVER_METRICS, unknown
-from tests.deploy.tools import DEPLOY, promtool
+from tests.deploy.tools import DEPLOY, ROOT, promtool
 
 _FOLDER = DEPLOY / "prometheus"
 
@@ -37,6 +38,19 @@ def test_each_alert_fires_when_it_should_and_only_then() -> None:
 def test_each_alert_is_about_metrics_that_exist() -> None:
     for rule in alerts():
         assert unknown(rule["expr"], SAVER_METRICS) == set(), rule["alert"]
+
+
+def test_each_alert_has_its_section_in_the_runbook_and_no_section_is_without() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    sections = re.split(r"^### ", page.partition("\n## Alerts\n")[2], flags=re.MULTILINE)[1:]
+    headings = [section.splitlines()[0] for section in sections]
+    assert headings == [rule["alert"] for rule in alerts()]
+    for rule, section in zip(alerts(), sections, strict=True):
+        assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"  # mkdocs' anchor
+        assert 3 < len(section.strip().splitlines()) < 14, rule["alert"]
+    named = set(re.findall(r"\basync_ckpt_[a-z_]+[a-z]\b", page)) - {"async_ckpt_saver"}
+    assert len(named) >= 4
+    assert named <= set(SAVER_METRICS)
 
 
 def test_each_alert_says_what_it_means_and_what_to_do() -> None:
