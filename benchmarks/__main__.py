@@ -9,6 +9,8 @@ python -m benchmarks.report          # table, verdicts and picture again, from b
 from __future__ import annotations
 
 import argparse
+import compileall
+import importlib.util
 import json
 import os
 import subprocess
@@ -44,6 +46,15 @@ def run_shape(name: str, world: int, root: Path, *, quick: bool) -> dict[str, An
     return found
 
 
+def _compile() -> None:
+    """As pip does when it installs a package: the peers are installed, and we may run from a source tree."""
+    for package in ("async_ckpt", "async_ckpt_saver"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        for folder in spec.submodule_search_locations or ():
+            compileall.compile_dir(folder, quiet=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -54,6 +65,7 @@ def main() -> None:
     chosen = {name: shape for name, shape in shapes(quick=arguments.quick).items()
               if not arguments.only or name in arguments.only}  # fmt: skip
     scale.raise_file_limit(_SCALES[-1])
+    _compile()
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=arguments.folder) as name:
         root = Path(name)

@@ -27,6 +27,7 @@ from .shapes import Shape, Subject, build, local_bytes, total_bytes
 from .ways import WAYS, Way
 
 _IDLE_S = 5.0
+_SETTLE_S = 0.1
 
 
 class Bench:
@@ -167,9 +168,10 @@ class Bench:
         return measure.cpu_s([os.getpid(), *measure.children(os.getpid()), *self.detached])
 
     def _settle(self) -> None:
-        """Nobody pays for pages that another way has left dirty."""
+        """Nobody pays for pages that another way has left dirty, nor for threads that it has not ended yet."""
         if dist.get_rank() == 0:
             os.sync()
+        time.sleep(_SETTLE_S)
         dist.barrier()
 
     # --- beside the ways -------------------------------------------------------------------------------------------

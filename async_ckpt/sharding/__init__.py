@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from . import dtensor, fsdp1
 from .dtensor import DTensorShard
-from .names import join, walk
+from .names import every_module, join, walk
 from .replicated import BufferShard, ReplicatedShard
 from .shard import Shard, Watch
 from .sources import Sources
@@ -40,8 +40,9 @@ def reshard(model: nn.Module) -> None:
     Call it after writing to `Shard.local()`, on every rank: FSDP keeps the root's parameters unsharded after an
     evaluation, and would compute with the old values. Runs no collective.
     """
-    dtensor.reshard(model)
-    fsdp1.reshard(model)
+    modules = list(every_module(model))
+    dtensor.reshard(modules)
+    fsdp1.reshard(modules)
 
 
 def _shards_of(path: str, module: nn.Module, managed: Sources) -> Iterator[Shard]:

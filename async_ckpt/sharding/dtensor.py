@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -121,9 +121,9 @@ def sources(model: nn.Module) -> Sources:
     return found
 
 
-def reshard(model: nn.Module) -> None:
-    """Make every `fully_shard`ed module below `model` free its unsharded parameters. Runs no collective."""
-    for module in every_module(model):
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Make every `fully_shard`ed one of `modules` free its unsharded parameters. Runs no collective."""
+    for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()
 

@@ -6,7 +6,7 @@ rank holds one run of elements, or nothing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -128,7 +128,7 @@ def sources(model: nn.Module) -> Sources:
     Raises CheckpointError if this torch lacks what is needed to find them.
     """
     found: Sources = {}
-    for handle in _handles(model):
+    for handle in _handles(every_module(model)):
         flat = handle.flat_param
         places = [(info.module, info.param_name) for info in flat._param_infos]
         indices = {place: index for index, place in enumerate(places)}
@@ -141,12 +141,12 @@ def sources(model: nn.Module) -> Sources:
     return found
 
 
-def reshard(model: nn.Module) -> None:
-    """Make every FSDP1 unit below `model` free its unsharded flat parameter. Runs no collective.
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Make every FSDP1 unit among `modules` free its unsharded flat parameter. Runs no collective.
 
     The root unit keeps its unsharded copy after a forward, and gathers no new one while it has it.
     """
-    for handle in _handles(model):
+    for handle in _handles(modules):
         # Before the first forward there is no copy; NO_SHARD computes with the flat parameter itself.
         if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
             handle.reshard(True)
@@ -159,8 +159,8 @@ def is_flat_parameter(attribute: str, parameter: torch.Tensor) -> bool:
     return attribute == _FLAT_PARAMETER and bool(getattr(parameter, "_is_flat_param", False))
 
 
-def _handles(model: nn.Module) -> Iterator[Any]:
-    for module in every_module(model):
+def _handles(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    for module in modules:
         if isinstance(module, FullyShardedDataParallel):
             require(module, "FullyShardedDataParallel", ("_handle",))
             handle = module._handle

@@ -6,7 +6,8 @@ import bisect
 import heapq
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from async_ckpt.core.claims import Line
 from async_ckpt.core.layout import DTYPE_BITS
@@ -14,8 +15,7 @@ from async_ckpt.core.layout import DTYPE_BITS
 from .boxes import Holders
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(msgspec.Struct, frozen=True):
     """Runs on the line of elements, ascending, that each of `ranks` holds."""
 
     ranks: list[int]
@@ -31,8 +31,7 @@ class Pattern:
         return low, bisect.bisect_left(self.starts, end, low)
 
 
-@dataclass(frozen=True)
-class Shared:
+class Shared(msgspec.Struct, frozen=True):
     """A run that several patterns have: each with the number that it has there."""
 
     start: int
