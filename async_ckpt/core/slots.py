@@ -39,7 +39,7 @@ from .protocol import Layout, Options, Process, SaveRecord, Started, decode_stor
 SHM = Path("/dev/shm")
 _CELL = struct.Struct("<QqdQ")  # phase, step, copy_s, xxh64 of the three
 _CELL_BYTES = 64  # a cache line a rank: neighbours do not slow each other down
-_HEADER = struct.Struct("<8sQq")  # magic, world, the last step of this slot whose outcome was told
+_HEADER = struct.Struct("<8sQq")  # magic, world, the step up to which all outcomes of this slot were told
 _MAGIC = b"ackptst1"
 _MORE_SPACE = (
     "Raise it: `docker run --shm-size=...`, in Kubernetes an emptyDir with medium: Memory on /dev/shm, elsewhere "
@@ -137,7 +137,7 @@ class StateFile:
 
     @property
     def settled_step(self) -> int:
-        """The last step in this slot that the saver has settled, -1 before any: the slot may be taken since then."""
+        """Every step up to here that was in this slot is settled, -1 before any: the slot may be taken since then."""
         return int(_HEADER.unpack_from(self._map)[2])
 
     def settle(self, step: int) -> None:
