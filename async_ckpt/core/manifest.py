@@ -7,9 +7,11 @@ sizes are capped, types are checked, and paths cannot lead out of the checkpoint
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -28,7 +30,8 @@ Metric: TypeAlias = bool | int | float | str | None
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Step = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
 # The last key, so that it can cover every byte before its own value; an editor that changes one breaks it.
-_SEAL = b',\n  "self_xxh3_128": "'
+SEAL_KEY = b'"self_xxh3_128"'
+_SEAL = b",\n  " + SEAL_KEY + b': "'
 _SEAL_END = b'"\n}\n'
 _DIGEST_BYTES = 32
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
@@ -119,12 +122,21 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(directory) / MANIFEST_NAME
     try:
-        with path.open("rb") as file:
-            return decode_manifest(file.read(MAX_MANIFEST_BYTES + 1))
+        return decode_manifest(manifest_bytes(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def manifest_bytes(path: Path) -> bytes:
+    """What the file at `path` holds, a byte more than is allowed at most. Raises OSError, also for what is no file: a
+    pipe of that name must hang nobody."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        return file.read(MAX_MANIFEST_BYTES + 1)
 
 
 def check_path(path: str) -> str:

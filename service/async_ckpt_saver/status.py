@@ -166,6 +166,10 @@ class Chronicle:
             self._save(action.step, action.slot, now_s).write_started_s = now_s
         elif action.rank is None:
             self._settle(action.settled)
+        elif (save := self._saves.get(action.settled.step)) is not None and save.settled is None:
+            # Known from before this saver, or long forgotten: it is told again, and has not happened again.
+            del self._saves[action.settled.step]
+            self._causes.pop(action.settled.step, None)
 
     def commit_failed(self, step: int, error: BaseException) -> None:
         """Before the state machine is told."""

@@ -13,7 +13,15 @@ import msgspec
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import reading
 from async_ckpt.core.layout import FileLayout
-from async_ckpt.core.manifest import MANIFEST_NAME, Manifest, decode_manifest, is_sealed, parse_step
+from async_ckpt.core.manifest import (
+    MANIFEST_NAME,
+    SEAL_KEY,
+    Manifest,
+    decode_manifest,
+    is_sealed,
+    manifest_bytes,
+    parse_step,
+)
 
 from .contents import unreasonable
 from .datafile import CHUNK_BYTES, Digests
@@ -97,10 +105,11 @@ def _files(checkpoint: Path) -> Iterator[str]:
 
 def _manifest(checkpoint: Path) -> tuple[Manifest | None, list[Damage]]:
     try:
-        data = (checkpoint / MANIFEST_NAME).read_bytes()
+        data = manifest_bytes(checkpoint / MANIFEST_NAME)
     except OSError as error:
         return None, [Damage(MANIFEST_NAME, f"cannot be read: {error.strerror or error}")]
-    broken = Damage(MANIFEST_NAME, "is not what was committed: its own hash does not fit", 0, len(data))
+    problem = "its own hash does not fit" if SEAL_KEY in data else "it has no hash of its own"
+    broken = Damage(MANIFEST_NAME, f"is not what was committed: {problem}", 0, len(data))
     try:
         manifest = decode_manifest(data)
     except CheckpointError as error:

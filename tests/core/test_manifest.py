@@ -247,3 +247,12 @@ def test_no_directory_is_no_checkpoint_but_an_unreadable_one_is_an_error(tmp_pat
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CheckpointError, match="cannot be listed"):
         latest(tmp_path / "file")
+
+
+def test_a_pipe_of_the_manifests_name_hangs_nobody(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    os.mkfifo(checkpoint / "async_ckpt.json")
+    assert latest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        read_manifest(checkpoint)

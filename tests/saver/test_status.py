@@ -106,3 +106,13 @@ def test_the_report_survives_its_journey() -> None:
         rejected_messages={"unreadable": 3}, now_unix_s=4.0, runs=[], ended=[],
     )  # fmt: skip
     assert decode_status(encode_status(status)) == status
+
+
+def test_a_step_of_before_is_told_again_and_not_shown_as_open() -> None:
+    """As after a restart of the saver, to which a rank repeats what it had said to the one before."""
+    told = Told()
+    told.machine.know(Settled(step=1, slot=1, outcome="committed"))
+    told.say(0, staged(1))
+    assert [save.step for save in told.chronicle.saves] == []
+    told.say(0, staged(2))
+    assert [save.step for save in told.chronicle.saves] == [2]

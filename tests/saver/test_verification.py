@@ -216,3 +216,12 @@ def test_what_is_being_verified_is_not_removed(copied: Path) -> None:
     assert len(tries) > 0
     with removing(copied):
         pass
+
+
+def test_a_manifest_without_a_hash_is_told_from_one_that_was_changed(copied: Path) -> None:
+    manifest = copied / "async_ckpt.json"
+    content = json.loads(manifest.read_text())
+    del content["self_xxh3_128"]
+    manifest.write_text(json.dumps(content))
+    [damage] = verify(copied).damage
+    assert "it has no hash of its own" in str(damage)
