@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,10 +111,16 @@ def test_it_brings_the_base_dependencies_and_no_more(installed: Path) -> None:
 def test_the_saver_runs_until_it_is_told_to_stop(installed: Path) -> None:
     assert "Commits the checkpoints" in _run(installed, "async-ckpt-saver", "--help")
     endpoint = f"ipc://{installed}/d/saver.sock"
-    command = [str(installed / "bin/async-ckpt-saver"), "run", "--bind", endpoint, "--root", str(installed)]
-    with subprocess.Popen(command, env=_environment(installed), stderr=subprocess.PIPE, text=True) as saver:
+    command = [str(installed / "bin/async-ckpt-saver"), "run", "--bind", endpoint, "--root", str(installed),
+               "--http", "127.0.0.1:0"]  # fmt: skip
+    log = installed / "log"
+    with log.open("wb") as file, subprocess.Popen(command, env=_environment(installed), stderr=file) as saver:
         try:
-            until(lambda: (installed / "d/saver.sock").exists() or saver.poll() is not None, "the saver's socket")
+            page = until(lambda: re.search(r"http://\S+", log.read_text()) or saver.poll() is not None, "its address")
+            assert isinstance(page, re.Match), log.read_text()
+            for path in ("", "page.css", "page.js", "icon.svg", "metrics", "readyz"):
+                with urllib.request.urlopen(page.group() + path, timeout=30) as answer:
+                    assert answer.read()
             status = json.loads(_run(installed, "async-ckpt-saver", "status", "--bind", endpoint, "--json"))
             assert (status["pid"], status["runs"]) == (saver.pid, [])
             libraries = Path(f"/proc/{saver.pid}/maps").read_text()
@@ -120,7 +128,7 @@ def test_the_saver_runs_until_it_is_told_to_stop(installed: Path) -> None:
             assert str(ROOT) not in libraries
         finally:
             saver.terminate()
-        assert saver.wait(30) == -signal.SIGTERM, saver.stderr and saver.stderr.read()
+        assert saver.wait(30) == -signal.SIGTERM, log.read_text()
 
 
 def test_checkpoints_are_found_and_verified(installed: Path, tmp_path: Path) -> None:
