@@ -34,7 +34,8 @@ class Lookup:
 
         Raises CheckpointError if one has moved because it was replaced or converted.
         """
-        if self._addresses() != self._expected:
+        # What cannot be watched may be computed anew at each look.
+        if not self._watched or self._addresses() != self._expected:
             with self._lock:
                 self._look()
         return self._views
