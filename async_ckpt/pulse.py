@@ -17,7 +17,8 @@ class Pulse:
     """Kept by the client's thread, read by any."""
 
     def __init__(self, endpoint: str, embedded: EmbeddedSaver | None) -> None:
-        self._which = f"at {endpoint}" if embedded is None else embedded.which
+        self._endpoint = endpoint
+        self._embedded = embedded
         self._heard_s = time.monotonic()
         self._unanswered = 0  # pings since then: after a pause of our own, time alone says nothing about the saver
         self._warned = False
@@ -37,7 +38,8 @@ class Pulse:
     @property
     def silence(self) -> str:
         """What to say and to do while the saver is silent."""
-        return (f"the saver {self._which} does not answer: is it running? What is staged is safe in shared memory, and "
+        which = f"at {self._endpoint}" if self._embedded is None else self._embedded.which
+        return (f"the saver {which} does not answer: is it running? What is staged is safe in shared memory, and "
                 f"is committed when a saver answers there")  # fmt: skip
 
     def warn_of_silence(self) -> None:
