@@ -263,8 +263,8 @@ CASES = {
 THOROUGH = {
     "2 ranks, 2 signals, restart": (2, 2, {"saver": 1, "repeats": 2}),
     "2 ranks, 2 signals, restart, death": (2, 1, {"saver": 1, "rank": 1, "repeats": 1}),
-    "2 ranks, everything": (2, 2, {"saver": 1, "rank": 1, "patience": 1, "repeats": 3}),
-    "2 ranks, 2 restarts": (2, 2, {"saver": 2, "repeats": 2}),
+    "2 ranks, everything": (2, 1, {"saver": 1, "rank": 1, "patience": 1, "signals": 1, "repeats": 1}),
+    "2 ranks, 2 restarts": (2, 1, {"saver": 2, "signals": 1, "repeats": 1}),
     "3 ranks, 3 signals": (3, 1, {}),
     "3 ranks, 2 steps": (3, 2, {"signals": 1}),
     "3 ranks, restart": (3, 1, {"signals": 1, "saver": 1}),

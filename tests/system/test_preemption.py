@@ -108,18 +108,23 @@ def outcomes(job: Job) -> list[dict[str, Any]]:
     return [json.loads((job.folder / f"outcome-{rank}").read_text()) for rank in range(job.world)]
 
 
-def agreed(job: Job) -> tuple[int, int]:
-    """The optimizer steps begun when the first rank had seen its signal, and those after which all ranks stopped."""
+def agreed(job: Job, signalled: int) -> int:
+    """The optimizer steps after which all ranks stopped; the first signal came after `signalled` had begun."""
     printed = "".join(log.read_text() for log in job.logs)
-    received = [int(count) for count in re.findall(r"SIG\w+ received after (\d+) optimizer steps", printed)]
-    stops = re.findall(r"all ranks stop after optimizer step (\d+)", printed)
-    assert len(received) > 0
-    assert len(stops) == job.world, printed
-    assert len(set(stops)) == 1, stops
+    promised = [int(count) for count in re.findall(r"SIG\w+ received after (\d+) optimizer steps", printed)]
+    stops = [int(count) for count in re.findall(r"all ranks stop after optimizer step (\d+)", printed)]
     committed = re.findall(r"is committed, ([\d.]+) s after the notice", printed)
-    assert committed, printed
-    print(f"{job.target} {job.world} ranks: {min(received)} -> {stops[0]} steps, committed after {committed} s")
-    return min(received), int(stops[0])
+    assert len(promised) > 0
+    assert len(stops) == len(committed) == job.world, printed
+    assert len(set(stops)) == 1, stops
+    first, stop = min(promised), stops[0]
+    print(f"{job.folder.name}: signal after {signalled} steps, promise after {first}, stop after {stop}, "
+          f"committed {max(map(float, committed))} s after the notice")  # fmt: skip
+    # The client's thread wakes at once, though on a busy machine steps are faster. From its promise on this rank begins
+    # one more step, and the others, which cannot go on without it, two; all stop after the next one.
+    assert signalled <= first <= signalled + 20
+    assert first < stop <= first + 3
+    return stop
 
 
 # --- what loops do -------------------------------------------------------------------------------------------------
@@ -173,23 +178,19 @@ def four_ranks_at_different_times(folder: Path) -> None:
     notices = "2:5:amid 0:5:after 3:6:before 1:6:amid"
     with Job(f"{_HERE}:saves_and_leaves", 4, folder, "fsdp2", notices) as job:
         job.wait()
-    first, stop = agreed(job)
-    assert first >= 5
-    assert stop - first <= 2
+    stop = agreed(job, 5)
     assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 4
     with Job(f"{_HERE}:saves_and_leaves", 4, folder, "fsdp2", f"0:{stop + 2}:amid") as job:
         job.wait()
     assert outcomes(job)[0]["found"][0] == stop - 1
-    assert stop + 2 <= outcomes(job)[0]["last"] <= stop + 4
+    assert outcomes(job)[0]["last"] > stop + 2
 
 
 def one_of_four(folder: Path) -> None:
     """The loop only leaves; what it does not save is saved when it closes."""
     with Job(f"{_HERE}:leaves", 4, folder, "fsdp2", "3:4:after") as job:
         job.wait()
-    first, stop = agreed(job)
-    assert first >= 5  # counted when the client's thread has seen the signal
-    assert stop - first in (1, 2)
+    stop = agreed(job, 5)
     assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 4
 
 
@@ -197,9 +198,7 @@ def slurm_and_a_loop_that_never_asks(folder: Path) -> None:
     """The step is saved before the next one overwrites it, under the number that the loop would have given."""
     with Job(f"{_HERE}:never_asks", 2, folder, "ddp", "1:6:amid", str(int(signal.SIGUSR1))) as job:
         job.wait()
-    first, stop = agreed(job)
-    assert first >= 6
-    assert stop - first in (1, 2)
+    stop = agreed(job, 6)
     found = sorted({*range(1, 40, 4), 39, stop - 1})
     assert outcomes(job) == [{"last": 39, "preempted": True, "found": found}] * 2
 
@@ -210,9 +209,7 @@ def saver_killed_before_it_has_agreed(folder: Path) -> None:
         until(lambda: "SIGTERM received" in job.logs[0].read_text() or any(job.statuses), "the signal is handled")
         os.kill(the_saver(folder), signal.SIGKILL)
         job.wait()
-    first, stop = agreed(job)
-    assert first >= 5  # counted when the client's thread has seen the signal
-    assert stop - first in (1, 2)
+    stop = agreed(job, 5)
     assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 2
 
 
@@ -228,11 +225,9 @@ def everything_of_a_pod_at_once(folder: Path) -> None:
         for pid in job.pids:
             os.kill(pid, signal.SIGTERM)
         job.wait()
-    first, stop = agreed(job)
-    assert stop - first <= 2
-    assert outcomes(job) == [{"last": stop - 1, "preempted": True, "found": [stop - 1]}] * 2
+    (found,) = outcomes(job)[0]["found"]
+    assert outcomes(job) == [{"last": found, "preempted": True, "found": [found]}] * 2
     assert daemon.process.wait(20) == -signal.SIGTERM
-    assert "saver" in daemon.log.read_text()
     assert not daemon.socket.exists()
 
 
@@ -273,8 +268,9 @@ def torchrun_is_told(folder: Path) -> None:
     assert said == [{"last": int(stops[0]) - 1, "preempted": True, "found": [int(stops[0]) - 1]}] * 2, printed
     until(lambda: saver not in savers(folder), "the saver has ended by itself", 30.0)
     logs = [path.read_text() for path in folder.parent.parent.rglob("saver.log*")]
-    [its_own] = [text for text in logs if f"saver {saver} ends" in text]
-    assert "signal" not in its_own
+    (ours,) = [text for text in logs if f"saver {saver} serves" in text]
+    assert f"saver {saver} ends" in ours
+    assert "signal" not in ours
 
 
 def nobody_answers(folder: Path) -> None:
@@ -289,6 +285,8 @@ def nobody_answers(folder: Path) -> None:
         job.wait()
     printed = job.printed()
     assert printed.count("training goes on") == 2, printed
+    (found,) = outcomes(job)[0]["found"]
+    assert outcomes(job) == [{"last": found, "preempted": True, "found": [found]}] * 2
     assert daemon.stop() == -signal.SIGTERM
 
 
