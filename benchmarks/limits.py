@@ -57,17 +57,20 @@ class Dd:
     """`dd oflag=direct conv=fdatasync` out of /dev/shm, as anybody can run it."""
 
     def __init__(self, nbytes: int) -> None:
-        self._source = Path(f"/dev/shm/async-ckpt-bench-{os.getpid()}")
+        path = Path(f"/dev/shm/async-ckpt-bench-{os.getpid()}")
+        self._source = path.open("xb")
+        path.unlink()  # gone with this process, however that ends
         megabyte = os.urandom(1 << 20)
-        with self._source.open("xb") as file:
-            for _ in range(-(-nbytes // len(megabyte))):
-                file.write(megabyte)
+        for _ in range(-(-nbytes // len(megabyte))):
+            self._source.write(megabyte)
+        self._source.flush()
 
     def run(self, path: Path) -> float:
-        command = ["dd", f"if={self._source}", f"of={path}", "bs=8M", "oflag=direct", "conv=fdatasync", "status=none"]
+        source = f"/proc/{os.getpid()}/fd/{self._source.fileno()}"
+        command = ["dd", f"if={source}", f"of={path}", "bs=8M", "oflag=direct", "conv=fdatasync", "status=none"]
         started_s = time.perf_counter()
         subprocess.run(command, check=True)
         return time.perf_counter() - started_s
 
     def close(self) -> None:
-        self._source.unlink()
+        self._source.close()
