@@ -118,7 +118,7 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The place in the loops is always one like here, for Lightning resumes from such places best; but what is due
-        with the last batch of an epoch waits until the schedulers that count epochs have stepped."""
+        with the last batch of an epoch waits until the epoch is over: schedulers like ReduceLROnPlateau step then."""
         self._place = trainer.fit_loop.state_dict()
         if self._every_n_steps is not None and trainer.global_step % self._every_n_steps == 0:
             if trainer.is_last_batch:

@@ -11,40 +11,30 @@ from .status import SaverStatus, SaveStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-# A stall is milliseconds when all is well; storage takes from milliseconds to minutes.
-_STALL_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 120.0)
-_STORAGE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+# Buckets: memory takes milliseconds when all is well, storage from milliseconds to minutes.
+_MEMORY_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 120.0)
+_STORAGE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 class Metrics:
     """`status` gives the present. Names are a contract: alerts and dashboards of `deploy/` are made of them."""
 
     def __init__(self, status: Callable[[], SaverStatus]) -> None:
-        self._status = status
         self._registry = registry = CollectorRegistry()
         self._saves = Counter("async_ckpt_saves", "Saves that have settled.", ["outcome"], registry=registry)
         self._failures = Counter("async_ckpt_failures", "Saves not committed, by cause.", ["cause"], registry=registry)
         self._committed_bytes = Counter("async_ckpt_committed_bytes", "Bytes committed to storage.", registry=registry)
-        self._stall = Histogram(
-            "async_ckpt_stall_seconds", "What a save cost the training thread of the slowest rank.",
-            buckets=_STALL_BUCKETS_S, registry=registry,
-        )  # fmt: skip
-        self._copy = Histogram(
-            "async_ckpt_copy_seconds", "Copy of a rank's shards into shared memory, slowest rank.",
-            buckets=_STALL_BUCKETS_S, registry=registry,
-        )  # fmt: skip
-        self._write = Histogram(
-            "async_ckpt_write_seconds", "Writing and syncing the files of a checkpoint.",
-            buckets=_STORAGE_BUCKETS_S, registry=registry,
-        )  # fmt: skip
-        self._commit = Histogram(
-            "async_ckpt_commit_seconds", "Manifest, rename and syncing the directories.",
-            buckets=_STORAGE_BUCKETS_S, registry=registry,
-        )  # fmt: skip
+        self._stall = self._histogram("stall", "What a save cost the training thread of the slowest rank.", _MEMORY_S)
+        self._copy = self._histogram("copy", "Copy of a rank's shards into shared memory, slowest rank.", _MEMORY_S)
+        self._write = self._histogram("write", "Writing and syncing the files of a checkpoint.", _STORAGE_S)
+        self._commit = self._histogram("commit", "Manifest, rename and syncing the directories.", _STORAGE_S)
         for outcome in ("committed", "skipped", "failed"):
             self._saves.labels(outcome)  # a rate needs the zero before the first one
         ProcessCollector(registry=registry)
         registry.register(_Present(status))
+
+    def _histogram(self, phase: str, text: str, buckets_s: tuple[float, ...]) -> Histogram:
+        return Histogram(f"async_ckpt_{phase}_seconds", text, buckets=buckets_s, registry=self._registry)
 
     def observe(self, save: SaveStatus) -> None:
         """A save has settled."""

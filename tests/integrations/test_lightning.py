@@ -72,6 +72,9 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
+        if self.interval == "plateau":
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return [optimizer], [{"scheduler": plateau, "monitor": "loss"}]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         return [optimizer], [{"scheduler": schedule, "interval": self.interval}]
 
@@ -82,10 +85,10 @@ def loader(stateful: bool) -> Any:
     return kind(data(1), batch_size=2, sampler=sampler)
 
 
-def fit(kind: str, callback: Any, max_steps: int, *, stateful: bool = False) -> Module:
+def fit(kind: str, callback: Any, max_steps: int, *, stateful: bool = False, interval: str = "") -> Module:
     """Six steps are two epochs; every second batch is a step."""
     pl.seed_everything(3 + rank(), verbose=False)
-    module = Module(kind, "step" if stateful else "epoch")
+    module = Module(kind, interval or ("step" if stateful else "epoch"))
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy=STRATEGIES[kind](), max_steps=max_steps, callbacks=[callback],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, logger=False,
@@ -132,12 +135,21 @@ def every_epoch_when_it_is_over(folder: Path) -> None:
         assert state["scheduler"]["schedulers"][0]["_last_lr"] == [0.025]
 
 
+def what_steps_after_the_last_batch_is_waited_for(folder: Path) -> None:
+    """Lightning asks this scheduler after the hooks of the epoch's last batch, unlike the others."""
+    fit("ddp", AsyncCheckpoint(folder, every_n_steps=3), 6, interval="plateau")
+    if rank() == 0:
+        state = json.loads((folder / "checkpoint-3" / "training_state" / "training_state.json").read_bytes())
+        assert state["scheduler"]["schedulers"][0]["last_epoch"] == 1
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     "ddp-epoch": functools.partial(goes_on, kind="ddp", stop=3, stateful=False),
     "ddp-middle": functools.partial(goes_on, kind="ddp", stop=2, stateful=True),
     "fsdp1": functools.partial(goes_on, kind="fsdp1", stop=3, stateful=False),
     "fsdp2": functools.partial(goes_on, kind="fsdp2", stop=2, stateful=True),
     "every-epoch": every_epoch_when_it_is_over,
+    "plateau": what_steps_after_the_last_batch_is_waited_for,
     "in-the-way": a_checkpoint_in_the_way,
 }
 

@@ -16,7 +16,7 @@ def test_what_could_not_be_removed_is_known_by_its_directory_not_by_a_descriptor
 ) -> None:
     """A path through /proc/self/fd means another directory once the number is given again."""
     mine, other = tmp_path / "a", tmp_path / "b"
-    for folder in (mine / "left", other):
+    for folder in (mine / "left", other / "left"):
         folder.mkdir(parents=True)
 
     def failing(path: str) -> None:
@@ -26,9 +26,13 @@ def test_what_could_not_be_removed_is_known_by_its_directory_not_by_a_descriptor
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", failing)
         assert not remove_tree(f"/proc/self/fd/{fd}/left")
-    os.dup2(os.open(other, os.O_RDONLY), fd)
+    elsewhere = os.open(other, os.O_RDONLY)
+    os.dup2(elsewhere, fd)
     remove_again(f"/proc/self/fd/{fd}")
+    os.close(fd)
+    os.close(elsewhere)
     assert (mine / "left").is_dir()
+    assert (other / "left").is_dir()
     remove_again(str(mine))
     assert not (mine / "left").exists()
     assert filesystem._unremoved == set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy
@@ -82,6 +83,13 @@ def test_what_differs_is_named_and_measured(tmp_path: Path, dtype: str) -> None:
     assert found.changed == [Changed(LORA, before[LORA].nbytes, 4.0)]
     assert (found.equal, found.added, found.removed, found.reshaped, found.values) == (3, [], [], [], [])
     assert found.differs
+
+
+def test_without_numpy_what_differs_is_named_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = commit_checkpoint(tmp_path / "a", 1, tmp_path, tensors={LORA: numpy.zeros(3, "f4")})
+    b = commit_checkpoint(tmp_path / "b", 1, tmp_path, tensors={LORA: numpy.ones(3, "f4")})
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert compare(a, b).changed == [Changed(LORA, 12, None)]
 
 
 def test_tensors_come_go_and_change_their_shape_and_settings_their_value(tmp_path: Path) -> None:
