@@ -16,8 +16,8 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.keys import ClientKeys, generate, read_public, read_secret
 from async_ckpt.core.protocol import Ping, Pong, decode_from_rank, encode
 from async_ckpt.core.transport import transport_of
+from tests.saver.doors import NOBODY, Doors, as_root
 from tests.saver.saver_process import LAYOUT, SaverProcess, register
-from tests.saver.test_letting_in import NOBODY, Doors, as_root
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
@@ -81,6 +82,16 @@ def main(directory: str, step: str, image: str, kill_at: str) -> None:
         points += 1
 
     commit(job_of(Path(directory), int(step), Path(image)), step_hook=step_hook)
+
+
+def failing_at(point: str, error: BaseException) -> Callable[[str], None]:
+    """A `step_hook` that raises `error` there."""
+
+    def step_hook(name: str) -> None:
+        if name == point:
+            raise error
+
+    return step_hook
 
 
 if __name__ == "__main__":

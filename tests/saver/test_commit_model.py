@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from async_ckpt_saver.run import Run
-from tests.saver.commit_model import Explored, Faults, Model, explore
+from tests.saver.commit_model import Faults, Model
+from tests.saver.exploration import Explored, explore
 
 
 def explored(world: int, steps: int, **faults: int) -> Explored:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import async_ckpt
 from async_ckpt.core.transport import SECRET_VARIABLE, SERVER_VARIABLE
-from tests.saver.test_letting_in import Doors
+from tests.saver.doors import Doors
 from tests.system.processes import Daemon, Job, Scenario, assert_torch_free, run_together, runs_of, savers, until
 from tests.system.training import (
     adamw,
