@@ -8,18 +8,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from async_ckpt.core.protocol import (
-    Bye,
-    Granted,
-    Ping,
-    Pong,
-    Ready,
-    Rejected,
-    Skipped,
-    Staged,
-    Started,
-    encode,
-)
+from async_ckpt.core.protocol import Bye, Granted, Ping, Pong, Ready, Rejected, Skipped, Staged, Started, encode
 from async_ckpt.core.slots import read_journals
 from tests.ranks import ROOT
 from tests.saver.saver_process import Peer, SaverProcess, register, until

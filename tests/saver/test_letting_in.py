@@ -13,15 +13,7 @@ import pytest
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.keys import ClientKeys, generate, read_public, read_secret
-from async_ckpt.core.protocol import (
-    Bye,
-    Ping,
-    Refused,
-    Rejected,
-    SaveRecord,
-    Settled,
-    encode,
-)
+from async_ckpt.core.protocol import Bye, Ping, Refused, Rejected, SaveRecord, Settled, encode
 from async_ckpt.core.slots import Phase, SlotPaths, StateFile, read_journals
 from async_ckpt.core.transport import transport_of
 from async_ckpt_saver.cli import main

@@ -12,17 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from async_ckpt.core import manifest
-from async_ckpt.core.protocol import (
-    Bye,
-    Granted,
-    Ping,
-    Pong,
-    Ready,
-    Settled,
-    Skipped,
-    Staged,
-    Started,
-)
+from async_ckpt.core.protocol import Bye, Granted, Ping, Pong, Ready, Settled, Skipped, Staged, Started
 from async_ckpt_saver import live
 from async_ckpt_saver.temporaries import held, leftovers
 from tests.saver.hub_bench import Bench, Sleeper, register, scenario, stage

@@ -12,17 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from async_ckpt.core.protocol import (
-    Bye,
-    Granted,
-    Ping,
-    Ready,
-    Refuse,
-    Refused,
-    Settled,
-    Staged,
-    Started,
-)
+from async_ckpt.core.protocol import Bye, Granted, Ping, Ready, Refuse, Refused, Settled, Staged, Started
 from async_ckpt_saver import desk, live, watch
 from tests.saver.hub_bench import FILE, ME, Bench, Sleeper, elsewhere, register, scenario, stage
 

@@ -12,31 +12,26 @@ import functools
 import hashlib
 import importlib
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tests.ranks import ROOT, RanksError
+from tests.system.rank_process import be_rank, fork_server, rendezvous
 
 T = TypeVar("T")
 _HOME_VARIABLE = "ASYNC_CKPT_TEST_HOME"
-NAMESPACE_VARIABLE = "ASYNC_CKPT_TEST_NAMESPACE"  # the mount namespace that a rank of this job lives in
-_PRELOADED = ["tests.system.training"]
 _starting = threading.Lock()  # multiprocessing's table of children is not made for several threads
 
 
@@ -75,9 +70,6 @@ def until(condition: Callable[[], T], what: str, timeout_s: float = 60.0) -> T:
             raise AssertionError(f"after {timeout_s:g} s still not: {what}")
         time.sleep(0.005)
     return answer
-
-
-# --- savers and shared memory --------------------------------------------------------------------------------------
 
 
 def savers(within: Path | None = None) -> list[int]:
@@ -177,9 +169,6 @@ class Daemon:
         self.stop(signal.SIGTERM if kind is None else signal.SIGKILL)
 
 
-# --- jobs ----------------------------------------------------------------------------------------------------------
-
-
 class Job:
     """`target` ("module:function") on `world` ranks, each called with the folder of the job and `args`."""
 
@@ -188,14 +177,14 @@ class Job:
         self.target, self.world, self.folder = target, world, folder
         number = len(list(folder.glob("log-*"))) // world
         self.logs = [folder / f"log-{number}-rank-{rank}" for rank in range(world)]
-        common = environment() | _rendezvous(world) | dict(env or {})
+        common = environment() | rendezvous(world) | dict(env or {})
         self._processes = []
         for rank, log in enumerate(self.logs):
             log.touch()
             variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             with _starting:
-                process = _fork_server().Process(
-                    target=_rank, args=(target, str(folder), args, variables, str(log)), daemon=True
+                process = fork_server(environment).Process(
+                    target=be_rank, args=(target, str(folder), args, variables, str(log)), daemon=True
                 )
                 process.start()
             self._processes.append(process)
@@ -308,70 +297,6 @@ def run_together(scenarios: Mapping[str, Scenario], folder: Path, at_once: int) 
             return {name: traceback.format_exc()}
         return {name: ""} if results is None else results
 
-    _fork_server()
+    fork_server(environment)
     with ThreadPoolExecutor(at_once) as pool:
         return {name: failure for results in pool.map(run, scenarios) for name, failure in results.items()}
-
-
-@functools.cache
-def _fork_server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    before = dict(os.environ)
-    try:
-        os.environ.update(environment())
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return context
-
-
-def _rendezvous(world: int) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
-def _rank(target: str, folder: str, args: Sequence[str], variables: dict[str, str], log: str) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.clear()
-    os.environ.update(variables)
-    tempfile.tempdir = None
-    if namespace := variables.get(NAMESPACE_VARIABLE):
-        from tests.system.faults import enter
-
-        enter(namespace)
-    os.chdir(ROOT)
-    with _ending():
-        import torch
-        import torch.distributed as dist
-
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-        module, _, function = target.partition(":")
-        getattr(importlib.import_module(module), function)(folder, *args)
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def _ending() -> Iterator[None]:
-    """No teardown, which may abort under FSDP1."""
-    status = 1
-    try:
-        yield
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)

@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.ranks import ROOT
-from tests.system.processes import (
-    Daemon,
-    Job,
-    Scenario,
-    environment,
-    run_cases,
-    run_together,
-    savers,
-    the_saver,
-    until,
-)
+from tests.system.processes import Daemon, Job, Scenario, environment, run_together, savers, the_saver, until
 from tests.system.training import (
     Checkpointer,
     adamw,
@@ -43,8 +32,6 @@ from tests.system.training import (
     rank,
     reached,
     reference,
-    refusal,
-    step,
     wrapped,
 )
 
@@ -127,9 +114,6 @@ def agreed(job: Job, signalled: int) -> int:
     return stop
 
 
-# --- what loops do -------------------------------------------------------------------------------------------------
-
-
 def saves_and_leaves(folder: str, kind: str, notices: str, number: str = "15") -> None:
     loop = Loop(folder, kind, notices, int(number))
 
@@ -168,9 +152,6 @@ def pauses_the_saver(folder: str, kind: str, notices: str) -> None:
         return loop.ckpt.preempted
 
     loop.finish(loop.train(each))
-
-
-# --- scenarios -----------------------------------------------------------------------------------------------------
 
 
 def four_ranks_at_different_times(folder: Path) -> None:
@@ -320,116 +301,15 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-# --- one rank ------------------------------------------------------------------------------------------------------
-
-
-def told(ckpt: Checkpointer) -> None:
-    """Signal this process, and return when the agreement has been heard."""
-    os.kill(os.getpid(), signal.SIGTERM)
-    until(lambda: ckpt._preemption._stand.stop is not None, "the agreement")  # type: ignore[union-attr]
-
-
-def a_full_slot_is_waited_for(folder: Path) -> None:
-    """`when_busy="skip"` skips any other save."""
-    model = wrapped("plain")
-    optimizer = adamw(model)
-    with attach(model, optimizer, directory=folder, preemption=True, slots=1, when_busy="skip") as ckpt:
-        saver = the_saver(folder)
-        step(model, optimizer)
-        told(ckpt)
-        os.kill(saver, signal.SIGSTOP)
-        first = ckpt.save(0)
-        assert ckpt.save(1).state == "skipped"
-        step(model, optimizer)
-        threading.Timer(0.5, os.kill, (saver, signal.SIGCONT)).start()
-        last = ckpt.save(2)
-        assert ckpt.preempted
-        assert (first.state, last.wait()) == ("committed", folder / "checkpoint-2")
-
-
-def what_was_saved_for_the_user_is_not_saved_again(folder: Path) -> None:
-    model = wrapped("plain")
-    optimizer = adamw(model)
-    with attach(model, optimizer, directory=folder, preemption=True) as ckpt:
-        for _ in range(3):
-            step(model, optimizer)
-        told(ckpt)
-        assert not ckpt.preempted
-        step(model, optimizer)
-        assert ckpt.preempted
-        ckpt.wait()
-        assert sorted(os.listdir(folder)) == ["checkpoint-3", "latest"]
-        handle = ckpt.save(2)  # the user counts otherwise than was inferred
-        assert (handle.step, handle.state) == (3, "committed")
-        assert "steps must grow" in refusal(lambda: ckpt.save(2))
-        step(model, optimizer)
-        assert ckpt.save(3).state == "skipped"
-        assert ckpt.save(5).wait() == folder / "checkpoint-5"
-        assert ckpt.stats()["committed"] == 2
-    assert sorted(os.listdir(folder)) == ["checkpoint-3", "checkpoint-5", "latest"]
-
-
-def what_the_user_saved_is_not_saved_again(folder: Path) -> None:
-    model = wrapped("plain")
-    optimizer = adamw(model)
-    with attach(model, optimizer, directory=folder, preemption=True) as ckpt:
-        step(model, optimizer)
-        told(ckpt)
-        step(model, optimizer)
-        ckpt.save(40)
-        assert ckpt.preempted
-        step(model, optimizer)
-    assert sorted(os.listdir(folder)) == ["checkpoint-40", "latest"]
-
-
-def an_error_saves_nothing(folder: Path) -> None:
-    model = wrapped("plain")
-    optimizer = adamw(model)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with attach(model, optimizer, directory=folder, preemption=True) as ckpt:
-            told(ckpt)
-            step(model, optimizer)
-            assert ckpt.preempted
-            raise KeyError
-    except KeyError:
-        assert os.listdir(folder) == []
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def without_the_option_nothing_is_handled(folder: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    with attach(wrapped("plain"), directory=folder) as ckpt:
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
-        assert not ckpt.preempted
-
-
-CASES = {
-    case.__name__: case
-    for case in (
-        a_full_slot_is_waited_for,
-        what_was_saved_for_the_user_is_not_saved_again,
-        what_the_user_saved_is_not_saved_again,
-        an_error_saves_nothing,
-        without_the_option_nothing_is_handled,
-    )
-}
-
-
-def cases(names: list[str]) -> Scenario:
-    return lambda folder: run_cases(_HERE, names, 1, folder)
-
-
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("scenario", [*SCENARIOS, *CASES])
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_preemption(results: dict[str, str], selected: set[str], folder: Path, scenario: str) -> None:
     if not results:
         chosen = {name: SCENARIOS[name] for name in SCENARIOS if name in selected}
-        single = [name for name in CASES if name in selected]
-        results.update(run_together(chosen | ({"cases": cases(single)} if single else {}), folder, at_once=3))
+        results.update(run_together(chosen, folder, at_once=3))
     if results[scenario]:
         pytest.fail(results[scenario], pytrace=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from async_ckpt import Checkpointer, CheckpointError, attach
 from tests.sharding import test_dtensor, test_fsdp1
+from tests.system.processes import runs_of, until
 from tests.tiny_llama import difference, forward, no_collectives, normal, peft_model, rank, reference
 
 __all__ = ["Checkpointer", "attach", "forward", "no_collectives", "rank", "reference"]
@@ -142,3 +144,19 @@ def check_checkpoint(path: Path, expected: Mapping[str, bytes], step: int) -> di
     assert "README.md" in ours
     assert normal(ours) == normal({name: content for name, content in expected.items() if name != ADAPTER})
     return manifest
+
+
+def refused(directory: Path, *facts: str, model: Any = None, **options: Any) -> list[str]:
+    """attach() must fail on every rank, with all `facts` (patterns) in each message, and leave nothing behind."""
+    model = model or wrapped("fsdp2")
+    existed, before = directory.exists(), runs_of(directory)
+    dist.barrier()
+    messages = everywhere(refusal(lambda: attach(model, **{"directory": directory, "timeout_s": 60, **options})))
+    for message in messages:
+        for fact in facts:
+            assert re.search(fact, message), f"{fact!r} is not in {message!r}"
+    until(lambda: runs_of(directory) == before, "its slots are gone")
+    dist.barrier()
+    assert directory.exists() == existed
+    step(model, adamw(model))
+    return messages
