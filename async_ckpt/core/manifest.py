@@ -70,6 +70,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     created_unix_s: float = 0.0
     chunks: Chunks | None = None
 
+    @property
+    def total_bytes(self) -> int:
+        """Of all files, the manifest itself left out."""
+        return sum(entry.bytes for entry in self.files.values())
+
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of ``async_ckpt.json``: what this returns, `decode_manifest` reads and `is_sealed` accepts.

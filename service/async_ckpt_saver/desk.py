@@ -15,7 +15,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from async_ckpt.core import manifest
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_REASON_CHARS
 from async_ckpt.core.protocol import FromRank, LayoutSent, LayoutWanted, Ping, Pong, Refused, Register, Resume
@@ -28,9 +27,7 @@ from .refusals import Refusals
 from .registration import Complete, Grant, Refusal, Registration, Verdict, Want
 from .services import Services
 from .status import RunStatus
-from .storage import below_root, prepare_directory
 from .watch import ProcessWatch
-from .writer import sweep
 
 log = logging.getLogger(__name__)
 
@@ -248,11 +245,8 @@ class Desk:
             run.grant(rank)
 
     def _prepare(self, record: RunRecord, grant: Grant) -> tuple[RunImage, Callable[[], None]]:
-        directory = Path(self.directory)
-        undo = prepare_directory(directory, self._services.root)
+        undo = self._services.storage(self.directory).prepare()
         try:
-            with below_root(self.directory, self._services.root) as place:
-                sweep(place)
             return RunImage.create(self._services.endpoint, record, grant.layout), undo
         except BaseException:
             undo()
@@ -279,7 +273,7 @@ class Desk:
 
     def _newest(self) -> Resume | None:
         """The newest committed checkpoint, and its image if it is the one that is kept. Runs in a thread."""
-        newest = max(manifest.committed(Path(self.directory)), default=None)
+        newest = self._services.storage(self.directory).newest()
         if newest is None:
             return None
         step, path = newest
@@ -287,7 +281,7 @@ class Desk:
         if self._kept is not None:
             with contextlib.suppress(ValueError):  # its lease ended just now: it is on disk all the same
                 kept = self._kept.image.newest_image()
-        return Resume(step, str(path), str(kept[1].image) if kept is not None and kept[0] == step else None)
+        return Resume(step, path, str(kept[1].image) if kept is not None and kept[0] == step else None)
 
     def _abandon(self, run: LiveRun, reason: str) -> None:
         """A granted run that did not come to start."""

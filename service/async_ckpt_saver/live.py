@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 
-import msgspec
-
-from async_ckpt.core import manifest
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_REASON_CHARS
 from async_ckpt.core.protocol import (
@@ -38,13 +34,9 @@ from .image import RunImage
 from .memory import give_back
 from .preemption import Action as Word
 from .preemption import Agreement, Tell
-from .recovery import commit_once
-from .retention import apply_policy
 from .run import Action, Commit, Report, Run
 from .services import Services
 from .status import Chronicle, RunState, RunStatus, run_status
-from .storage import below_root
-from .writer import CommitError, CommitJob, CommitResult, sweep
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +61,7 @@ class LiveRun:
         self.ranks = {peer.identity: peer.rank for peer in image.record.peers}
         self.launcher_alive = image.record.launcher is not None
         self._services = services
+        self._storage = services.storage(image.directory)
         self._ownership = ownership
         self._newest = newest
         self._on_commit = on_commit
@@ -125,14 +118,11 @@ class LiveRun:
         self._perform(self._machine.take_up(self.image.staged_cells(), told))
 
     def _know_committed(self) -> None:
-        if os.path.isdir(self.image.directory):
-            with below_root(self.image.directory, self._services.root) as place:
-                sweep(place)  # half a commit, and names that are not durable yet
-        for step, path in manifest.committed(self.image.directory):
-            found = manifest.read_manifest(path)
-            if found.run == self.image.path.name:
-                total_bytes = sum(file.bytes for file in found.files.values())
-                self._machine.know(Settled(step=step, slot=0, outcome="committed", path=str(path), bytes=total_bytes))
+        self._storage.sweep()  # half a commit, and names that are not durable yet
+        for found in self._storage.committed_by(self.image.path.name):
+            self._machine.know(
+                Settled(step=found.step, slot=0, outcome="committed", path=found.path, bytes=found.bytes)
+            )
 
     def receive(self, rank: int, message: FromRank) -> None:
         senseless = self._senseless(message)
@@ -257,7 +247,10 @@ class LiveRun:
     async def _commit(self, order: Commit) -> None:
         try:
             job = self.image.commit_job(order)
-            result = await self._services.in_thread(lambda: self._write(job, order))
+            still_whole = self.image.states[order.slot].complete_step
+            result = await self._services.in_thread(
+                lambda: self._storage.commit_once(job, lambda: still_whole() == order.step)
+            )
         except Exception as error:  # whatever it is, training and the next save go on
             self._chronicle.commit_failed(order.step, error)
             if not isinstance(error, CheckpointError):
@@ -279,28 +272,12 @@ class LiveRun:
             await self._retain()
         self._maybe_end()
 
-    def _write(self, job: CommitJob, order: Commit) -> CommitResult:
-        still_whole = self.image.states[order.slot].complete_step
-        with below_root(job.directory, self._services.root) as place:
-            try:
-                result = commit_once(msgspec.structs.replace(job, directory=place), lambda: still_whole() == order.step)
-            except CommitError as error:
-                error.reason = error.reason.replace(place, job.directory)  # the name that people know
-                error.args = (error.reason,)
-                raise
-        return msgspec.structs.replace(result, path=job.final)
-
     async def _retain(self) -> None:
-        directory, policy = self.image.directory, self.image.record.options.policy
-
-        def retain() -> None:
-            with below_root(directory, self._services.root) as place:
-                apply_policy(place, policy)
-
+        policy = self.image.record.options.policy
         try:
-            await self._services.in_thread(retain)
+            await self._services.in_thread(lambda: self._storage.retain(policy))
         except (OSError, CheckpointError) as error:
-            log.error("retention in %s failed: %s", directory, error)
+            log.error("retention in %s failed: %s", self.image.directory, error)
 
     def _maybe_end(self) -> None:
         if self._machine.finished and not self._ended:

@@ -32,5 +32,4 @@ def commit_once(job: CommitJob, still_whole: Callable[[], bool]) -> CommitResult
         if found.run != job.run or found.step != job.step:
             raise
         sweep(job.directory)
-        total_bytes = sum(file.bytes for file in found.files.values())
-        return CommitResult(path=job.final, bytes=total_bytes, write_s=0.0, commit_s=0.0, direct=False)
+        return CommitResult(path=job.final, bytes=found.total_bytes, write_s=0.0, commit_s=0.0, direct=False)

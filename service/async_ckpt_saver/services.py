@@ -13,8 +13,10 @@ from typing import TypeVar
 from async_ckpt.core.protocol import FromSaver, Rejected
 
 from .clock import RunningClock
+from .local_storage import LocalStorage
 from .rejections import Cause, Rejections
 from .status import ENDED_RUNS, RunStatus, SaveStatus
+from .storage import Storage
 
 T = TypeVar("T")
 
@@ -52,6 +54,10 @@ class Services:
 
     def now_s(self) -> float:
         return self.clock.now_s()
+
+    def storage(self, directory: str) -> Storage:
+        """Where the checkpoints of `directory` rest; nothing is done there yet."""
+        return LocalStorage(directory, self.root)
 
     def reject(self, identity: bytes, cause: Cause, reason: str) -> None:
         """Count what `identity` sent, and tell it: what it sent has changed nothing."""

@@ -1,82 +1,53 @@
-"""The run's directory: made, tried, and held while something is written to it, so that it is below the root."""
+"""What the saver asks of the place where checkpoints rest: one seam, and everything above it knows no other."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from typing import Protocol
 
-from async_ckpt.core.errors import CheckpointError
+import msgspec
 
-from .filesystem import fsync_directory
-from .temporaries import probe
+from async_ckpt.core.retention_policy import Policy
+
+from .writer import CommitJob, CommitResult
 
 
-def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
-    """Make `directory`, prove that files can be made in it, and return what undoes the making.
+class Committed(msgspec.Struct, frozen=True):
+    """A checkpoint that is there: `bytes` counts its files, the manifest left out."""
 
-    Raises CheckpointError with the path and the reason, also if it leads out of `root` once symbolic links are
-    followed; then nothing that was not there before is left.
+    step: int
+    path: str
+    bytes: int
+
+
+class Storage(Protocol):
+    """The checkpoints of one training directory. Every method blocks, so none is called in the saver's loop; several
+    threads may be in one at a time.
+
+    Whatever goes wrong is a CheckpointError or an OSError that says what to do.
     """
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
 
-    def undo() -> None:
-        for path in missing:  # deepest first; one that is not empty stays, and so do its parents
-            with contextlib.suppress(OSError):
-                path.rmdir()
+    directory: str
 
-    try:
-        with below_root(str(directory), root) as place:
-            probe(place)
-    except OSError as error:
-        undo()
-        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        advice = f"make it writable for uid {os.getuid()}, or choose another directory" if denied else (
-            "choose another directory")  # fmt: skip
-        raise CheckpointError(f"cannot write to {directory}: {error.strerror or error}: {advice}") from error
-    return undo
+    def prepare(self) -> Callable[[], None]:
+        """Make the place, prove that it takes files, and `sweep`. Returns what undoes the making: afterwards there is
+        nothing that was not there before."""
 
+    def sweep(self) -> None:
+        """Bring it to the state that an unkilled saver leaves. What others are at work on is left alone."""
 
-@contextlib.contextmanager
-def below_root(directory: str, root: Path) -> Iterator[str]:
-    """Within the block the path that is given means one directory below `root`, whatever is renamed, or replaced by a
-    symbolic link, meanwhile: it leads through a descriptor, whose place is asked of the kernel when it is open.
+    def commit_once(self, job: CommitJob, still_whole: Callable[[], bool]) -> CommitResult:
+        """Write `job`, whose directory is ours; when this returns the checkpoint is whole and survives power loss.
 
-    Missing directories are made, durably, and never through a link. Raises CheckpointError if `directory` leads out
-    of `root`, OSError for the rest.
-    """
-    fd = _open_below(directory, root)
-    try:
-        yield f"/proc/self/fd/{fd}"
-    finally:
-        os.close(fd)
+        `still_whole` is asked when every byte has been read, before the checkpoint can be seen: False is a failure. A
+        checkpoint that this very run has committed already counts. Raises CommitError, and then nothing can be seen.
+        """
 
+    def newest(self) -> tuple[int, str] | None:
+        """Step and path of the newest committed checkpoint."""
 
-def _open_below(directory: str, root: Path) -> int:
-    present, missing = directory, list[str]()
-    while True:
-        try:
-            fd = os.open(present, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            break
-        except FileNotFoundError:
-            if os.path.lexists(present):  # a link to nowhere: what it means is not ours to make
-                raise
-            present, name = os.path.split(present)
-            missing.insert(0, name)
-    try:
-        real = Path(os.readlink(f"/proc/self/fd/{fd}"), *missing)
-        if ".." in missing or not real.is_relative_to(root):
-            raise CheckpointError(f"{directory} leads to {real}, which is outside this saver's root {root}")
-        for name in missing:
-            with contextlib.suppress(FileExistsError):  # another commit has made it since
-                os.mkdir(name, dir_fd=fd)
-            fsync_directory(f"/proc/self/fd/{fd}")
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            os.close(fd)
-            fd = inner
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    def committed_by(self, run: str) -> list[Committed]:
+        """What that run has committed, in order of step. A damaged manifest is an error: it cannot be said whose."""
+
+    def retain(self, policy: Policy) -> None:
+        """Remove what no rule keeps; never the newest. What cannot be removed is logged, and tried the next time."""

@@ -94,7 +94,7 @@ def _verify(checkpoint: Path, progress: Progress) -> Report:
 def planned_bytes(checkpoint: Path) -> int:
     """How many bytes `verify` will read, as far as the manifest can be believed."""
     manifest, _ = _manifest(checkpoint)
-    return 0 if manifest is None else sum(entry.bytes for entry in manifest.files.values())
+    return 0 if manifest is None else manifest.total_bytes
 
 
 def _files(checkpoint: Path) -> Iterator[str]:

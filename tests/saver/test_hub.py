@@ -24,7 +24,7 @@ from async_ckpt.core.protocol import (
     Started,
 )
 from async_ckpt.core.slots import Phase, SlotPaths, StateFile, read_journals
-from async_ckpt_saver import hub, live
+from async_ckpt_saver import hub, local_storage
 from tests.saver.hub_bench import LAYOUT, ME, Bench, Sleeper, register, scenario, stage
 
 
@@ -167,7 +167,7 @@ async def test_a_directory_removed_under_us_fails_the_step_and_the_next_one_work
 async def test_a_slot_that_is_taken_while_it_is_read_is_not_published(endpoint: str, root: Path) -> None:
     saver = Bench(endpoint, root)
     granted = await saver.start(root / "run", "A")
-    original = live.commit_once
+    original = local_storage.commit_once
 
     def overtaken(job: Any, still_whole: Callable[[], bool]) -> Any:
         state = StateFile(SlotPaths(Path(granted.run), 0).state)
@@ -175,13 +175,13 @@ async def test_a_slot_that_is_taken_while_it_is_read_is_not_published(endpoint: 
         state.close()
         return original(job, still_whole)
 
-    live.commit_once = overtaken
+    local_storage.commit_once = overtaken
     try:
         stage(granted, 0, 0, 1)
         saver.say("A", Staged(seq=1, slot=0, step=1, copy_s=0.1))
         failed = await saver.hear("A", Settled)
     finally:
-        live.commit_once = original
+        local_storage.commit_once = original
     assert "was taken by another step" in failed.reason
     assert [path.name for path in (root / "run").iterdir()] == []
     saver.say("A", Bye(seq=2))

@@ -13,7 +13,7 @@ from typing import Any
 
 from async_ckpt.core import manifest
 from async_ckpt.core.protocol import Bye, Granted, Ping, Pong, Ready, Settled, Skipped, Staged, Started
-from async_ckpt_saver import live
+from async_ckpt_saver import local_storage
 from async_ckpt_saver.temporaries import held, leftovers
 from tests.saver.hub_bench import Bench, Sleeper, register, scenario, stage
 
@@ -216,14 +216,14 @@ async def test_a_save_skipped_for_want_of_a_slot_does_not_cost_the_step_in_it(en
     saver = Bench(endpoint, root)
     granted = await saver.start(root / "run", "A")
     started, release = threading.Event(), threading.Event()
-    original = live.commit_once
+    original = local_storage.commit_once
 
     def stuck(job: Any, still_whole: Callable[[], bool]) -> Any:
         started.set()
         assert release.wait(30)
         raise OSError("this saver is dead")
 
-    live.commit_once = stuck
+    local_storage.commit_once = stuck
     try:
         stage(granted, 0, 0, 1)
         saver.say("A", Staged(seq=1, slot=0, step=1, copy_s=0.1))
@@ -231,7 +231,7 @@ async def test_a_save_skipped_for_want_of_a_slot_does_not_cost_the_step_in_it(en
         saver.say("A", Skipped(seq=2, slot=0, step=3, reason="slot 0 still holds step 1"))
         assert [settled.step for settled in saver.heard("A", Settled)] == [3]
     finally:
-        live.commit_once = original
+        local_storage.commit_once = original
     after = Bench(endpoint, root)
     after.hub.adopt()
     after.say("A", Ping(unsettled=[1]))

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from async_ckpt.core.protocol import Bye, Granted, Ping, Ready, Refuse, Refused, Settled, Staged, Started
-from async_ckpt_saver import desk, live, watch
+from async_ckpt_saver import desk, local_storage, watch
 from tests.saver.hub_bench import FILE, ME, Bench, Sleeper, elsewhere, register, scenario, stage
 
 
@@ -77,14 +77,14 @@ async def test_a_job_waits_for_the_last_commit_of_the_dead_one_before_it(endpoin
     saver, child = Bench(endpoint, root), Sleeper()
     granted = await saver.start(root / "run", "A", processes=[child.process])
     release = threading.Event()
-    original, waits = live.commit_once, desk._CONFLICT_S
+    original, waits = local_storage.commit_once, desk._CONFLICT_S
     desk._CONFLICT_S = 0.0
 
     def stuck(job: Any, still_whole: Callable[[], bool]) -> Any:
         assert release.wait(30)
         return original(job, still_whole)
 
-    live.commit_once = stuck
+    local_storage.commit_once = stuck
     try:
         stage(granted, 0, 0, 7)
         child.kill()
@@ -98,7 +98,7 @@ async def test_a_job_waits_for_the_last_commit_of_the_dead_one_before_it(endpoin
         release.set()
         assert await saver.hear("B", Granted)
     finally:
-        live.commit_once, desk._CONFLICT_S = original, waits
+        local_storage.commit_once, desk._CONFLICT_S = original, waits
     saver.say("B", Ready())
     assert (await saver.hear("B", Started)).newest_step == 7
     saver.say("B", Bye(seq=1))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import check_path
-from async_ckpt_saver.storage import below_root, prepare_directory
+from async_ckpt_saver.local_storage import below_root, prepare_directory
 from async_ckpt_saver.writer import CommitError, commit, sweep
 from tests.saver.committing import assert_whole, job_of, make_image
 
