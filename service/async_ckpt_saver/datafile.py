@@ -19,6 +19,8 @@ import xxhash
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import FileEntry
 
+from .write_behind import PIECE_BYTES, WriteBehind
+
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 << 20
@@ -132,6 +134,7 @@ class _Output:
     def __init__(self, path: str, *, direct: bool) -> None:
         self.path = path
         self.direct = direct
+        self._behind: WriteBehind | None = None  # of a large file that has to go through the page cache
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         if direct:
             try:
@@ -145,6 +148,8 @@ class _Output:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         self._fd = os.open(path, flags, 0o666)
+        if direct:
+            self._behind = WriteBehind(self._fd)
 
     def __enter__(self) -> _Output:
         return self
@@ -159,15 +164,19 @@ class _Output:
             if done % ALIGN_BYTES:
                 # A short write ended inside a block: O_DIRECT has no aligned start from there.
                 self.buffered()
+            most = len(data) if self._behind is None else done + PIECE_BYTES
             try:
-                written = os.pwrite(self._fd, data[done:], offset + done)
+                written = os.pwrite(self._fd, data[done:most], offset + done)
             except OSError as error:
                 if error.errno not in _NOT_DIRECT or not self.buffered():
                     raise
                 self._refused("write", error)
+                self._behind = WriteBehind(self._fd)
                 continue
             if written == 0:
                 raise OSError(errno.EIO, "the filesystem accepts no more bytes", self.path)
+            if self._behind is not None:
+                self._behind.wrote(offset + done, written)
             done += written
 
     def buffered(self) -> bool:
