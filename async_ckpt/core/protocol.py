@@ -14,19 +14,22 @@ import msgspec
 
 from .errors import CheckpointError
 from .limits import (
-    MAX_CLAIMS,
-    MAX_DIRECTORY_CHARS,
     MAX_MESSAGE_BYTES,
-    MAX_NAME_CHARS,
-    MAX_PID,
     MAX_SEQUENCE,
     MAX_SLOTS,
     MAX_STEP,
-    MAX_TIMEOUT_S,
     MAX_UNSETTLED,
 )
-from .region import Region
-from .retention_policy import Policy
+from .terms import Address as Address
+from .terms import Claim as Claim
+from .terms import Claims as Claims
+from .terms import ImageFile as ImageFile
+from .terms import Key as Key
+from .terms import Layout as Layout
+from .terms import Lead as Lead
+from .terms import Name as Name
+from .terms import Options as Options
+from .terms import Process as Process
 
 PROTOCOL = 1
 
@@ -34,7 +37,6 @@ PROTOCOL = 1
 _Slot = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
 _Step = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
 _Sequence = Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQUENCE)]
-_Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
 T = TypeVar("T")
 
 
@@ -42,73 +44,33 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pass
 
 
-class Process(msgspec.Struct, frozen=True):
-    """A process that can be watched: pid numbers are reused and differ between pid namespaces."""
+class LeadWanted(_Message, frozen=True):
+    """Rank 0 of a job on several hosts asks its saver, before it registers, to be the lead: to listen for the savers of
+    the other hosts. `address` is "IP:PORT" of an interface of this host ("[IP]:PORT" for IPv6), port 0 for any that is
+    free. `allow` is the public CURVE key that the other savers will show, besides those of the saver's own list; empty
+    with `plain`, a link without CURVE. Asked twice it is answered alike."""
 
-    pid: Annotated[int, msgspec.Meta(ge=1, le=MAX_PID)]
-    start_ticks: Annotated[int, msgspec.Meta(ge=0)]
-    pid_namespace: _Name
-
-
-class Claim(msgspec.Struct, frozen=True, array_like=True):
-    """ "I hold `region` of tensor number `tensor` (in the file's order) of image file number `file`."""
-
-    file: int
-    tensor: int
-    region: Region
-
-
-class Claims(msgspec.Struct, frozen=True, array_like=True):
-    """All that a rank holds, as `claims.pack_claims` makes it: runs of elements on the line of all tensors, ascending,
-    as int64; then `boxes`, which are no runs. They are numbered in this order."""
-
-    starts: Annotated[bytes, msgspec.Meta(max_length=8 * MAX_CLAIMS)]
-    lengths: Annotated[bytes, msgspec.Meta(max_length=8 * MAX_CLAIMS)]
-    boxes: Annotated[list[Claim], msgspec.Meta(max_length=MAX_CLAIMS)]
-
-
-class ImageFile(msgspec.Struct, frozen=True):
-    """One file of the checkpoint directory to come: its first bytes and its whole length."""
-
-    path: str
-    header: bytes
-    total_bytes: int
-
-
-class Layout(msgspec.Struct, frozen=True):
-    """The checkpoint directory to come: files that each save fills anew, documents that are the same in every save."""
-
-    files: tuple[ImageFile, ...]
-    documents: dict[str, bytes]
-
-
-class Options(msgspec.Struct, frozen=True):
-    """What all ranks of a run must agree on, layout aside."""
-
-    directory: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_DIRECTORY_CHARS)]
-    world: int
-    slots: int
-    policy: Policy
-    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_TIMEOUT_S)]
-    verify_replicas: bool = False
-    preemption: bool = False
+    address: Address
+    allow: Key
+    plain: bool = False
 
 
 class Register(_Message, frozen=True):
     """First word of a rank. `layout` comes from rank 0; the others send its hash only. `shm` tells which /dev/shm the
-    rank sees: `slots.shm_identity`."""
+    rank sees: `slots.shm_identity`. `lead` is None on the host of rank 0; elsewhere the rank's saver relays to it."""
 
     protocol: int
     options: Options
-    job: _Name
+    job: Name
     rank: int
     process: Process
     launcher: Process | None
-    shm: _Name
-    layout_hash: _Name
+    shm: Name
+    layout_hash: Name
     layout: Layout | None
     claims: Claims
-    versions: Annotated[dict[_Name, _Name], msgspec.Meta(max_length=64)]
+    versions: Annotated[dict[Name, Name], msgspec.Meta(max_length=64)]
+    lead: Lead | None = None
 
 
 class LayoutSent(_Message, frozen=True):
@@ -116,13 +78,14 @@ class LayoutSent(_Message, frozen=True):
 
 
 class Refuse(_Message, frozen=True):
-    """This rank cannot take part: every other rank is told why instead of waiting for it."""
+    """This rank cannot take part: every other rank is told why instead of waiting for it. `lead` as in `Register`."""
 
     options: Options
-    job: _Name
+    job: Name
     rank: int
     process: Process
     reason: str
+    lead: Lead | None = None
 
 
 class Ready(_Message, frozen=True):
@@ -178,7 +141,28 @@ class StatusWanted(_Message, frozen=True):
     """Anybody on the socket asks how the saver is; it takes no part in a run."""
 
 
-FromRank = Register | LayoutSent | Refuse | Ready | Staged | Skipped | Failed | Bye | Ping | Promise | StatusWanted
+FromRank = (
+    Register
+    | LayoutSent
+    | Refuse
+    | Ready
+    | Staged
+    | Skipped
+    | Failed
+    | Bye
+    | Ping
+    | Promise
+    | StatusWanted
+    | LeadWanted
+)
+
+
+class LeadOpen(_Message, frozen=True):
+    """Answers `LeadWanted`: where the link is listened on ("tcp://IP:PORT", the port as bound), and the saver's public
+    CURVE key, empty for a plain link. `Refused` instead if it cannot be."""
+
+    endpoint: str
+    server_key: bytes
 
 
 class LayoutWanted(_Message, frozen=True):
@@ -262,7 +246,18 @@ class Status(_Message, frozen=True):
 
 
 FromSaver = (
-    LayoutWanted | Granted | Started | Refused | Rejected | Ack | Settled | Pong | PromiseWanted | StopAfter | Status
+    LayoutWanted
+    | Granted
+    | Started
+    | Refused
+    | Rejected
+    | Ack
+    | Settled
+    | Pong
+    | PromiseWanted
+    | StopAfter
+    | Status
+    | LeadOpen
 )
 
 _encoder = msgspec.msgpack.Encoder()

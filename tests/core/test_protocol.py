@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from async_ckpt.core.protocol import (
     Ack,
     Bye,
+    Lead,
     Ping,
     Pong,
     Settled,
@@ -34,6 +35,18 @@ def test_a_side_takes_only_what_the_other_says() -> None:
         decode_from_rank(encode(Ack(seq=1)))
     with pytest.raises(msgspec.ValidationError):
         decode_from_saver(encode(Bye(seq=1)))
+
+
+def test_a_link_has_all_keys_or_none_and_tells_nobody_the_secret() -> None:
+    lead = Lead(endpoint="tcp://10.0.0.1:4", server_key=b"s" * 40, public_key=b"p" * 40, secret_key=b"x" * 40)
+    assert "xxx" not in repr(lead)
+    data = msgspec.msgpack.encode(lead)
+    assert msgspec.msgpack.decode(data, type=Lead) == lead
+    for wrong in (b"x" * 39, b""):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.msgpack.decode(
+                data.replace(msgspec.msgpack.encode(b"x" * 40), msgspec.msgpack.encode(wrong)), type=Lead
+            )
 
 
 @settings(max_examples=2000, deadline=None)

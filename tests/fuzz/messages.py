@@ -18,6 +18,8 @@ from async_ckpt.core.protocol import (
     FromRank,
     FromSaver,
     LayoutSent,
+    Lead,
+    LeadWanted,
     Ping,
     Ready,
     Refuse,
@@ -92,6 +94,11 @@ def real_messages(directory: Path) -> Iterator[FromRank]:
     first: Register = msgspec.structs.replace(alone, options=pair, job="pair")
     yield first
     yield msgspec.structs.replace(first, rank=1, layout=None, layout_hash="other", claims=Claims(b"", b"", []))
+    yield LeadWanted(address="127.0.0.1:0", allow=b"k" * 40)
+    yield LeadWanted(address="[::1]:40001", allow=b"", plain=True)
+    lead = Lead(endpoint="tcp://127.0.0.1:1", server_key=b"", public_key=b"", secret_key=b"")
+    yield msgspec.structs.replace(first, rank=1, job="afar", layout=None, lead=lead)
+    yield Refuse(options=pair, job="afar", rank=1, process=me, reason="no adapter", lead=lead)
 
 
 def joined(payloads: Iterator[tuple[int, bytes]]) -> bytes:
