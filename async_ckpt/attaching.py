@@ -17,6 +17,7 @@ import torch
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_SLOTS, MAX_TIMEOUT_S
+from async_ckpt.core.location import Location, Url, location_of
 from async_ckpt.core.protocol import (
     PROTOCOL,
     Granted,
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
 
 _SAVER_VARIABLE = "ASYNC_CKPT_SAVER"
 _REFUSE_S = 10.0
-_attempts: Counter[Path] = Counter()  # ranks attach equally often, so this tells their attempts apart
-_attached: set[Path] = set()
+_attempts: Counter[Location] = Counter()  # ranks attach equally often, so this tells their attempts apart
+_attached: set[Location] = set()
 
 
 def attach(
@@ -80,7 +81,8 @@ def attach(
     every rank raises. Call it on all ranks, before or after the first forward, on the model as it is: plain, or
     wrapped by DDP, FSDP1, FSDP2 or torch.compile.
 
-    `adapter_name`: one, or several that go into one checkpoint. `directory`: gets `checkpoint-<step>/` and `latest`.
+    `adapter_name`: one, or several that go into one checkpoint. `directory`: gets `checkpoint-<step>/` and `latest`; or
+    a URL, `s3://bucket/prefix`, `gs://...` or `az://...`, which gets no `latest`: the newest is.
     `saver`: the endpoint of a running `async-ckpt-saver`; else the environment's ASYNC_CKPT_SAVER; else one is started
     on this host, which ends by itself. `slots`: snapshots that may be under way at once, each as large as a checkpoint,
     in /dev/shm. `when_busy`: what `save` does when all are. `staging`: "overlap" copies while training goes on, "sync"
@@ -105,7 +107,9 @@ def attach(
 
     Raises CheckpointError, on every rank with the same reason, saying what to change.
     """
-    path = Path(directory).expanduser().resolve()
+    given = location_of(directory)
+    given = given if isinstance(given, Url) else given.expanduser()
+    path = given.resolve()
     _check_arguments(slots, when_busy, staging, timeout_s)
     if weights not in ("auto", "trainable", "all"):
         raise CheckpointError(f"weights={weights!r}: give 'auto', 'trainable' or 'all'")
@@ -144,7 +148,7 @@ def attach(
 
     joined = join()
     where = f"the saver's log, {embedded.log_path}" if embedded is not None else f"the log of the saver at {endpoint}"
-    settings = Settings(path, Path(directory).expanduser(), topology.rank, when_busy, float(timeout_s), where)
+    settings = Settings(path, given, topology.rank, when_busy, float(timeout_s), where)
     _attached.add(path)
     return Checkpointer(
         model,

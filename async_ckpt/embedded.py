@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from async_ckpt.core.endpoints import embedded_endpoint, embedded_home
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.location import Location
 from async_ckpt.core.private import private_directory
 
 _START_TIMEOUT_S = 30.0
@@ -24,8 +24,8 @@ class EmbeddedSaver:
     It lives in a session of its own, so it outlives a killed trainer, finishes what is staged, and exits by itself.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """`directory` is absolute. Raises CheckpointError if the socket's directory belongs to someone else."""
+    def __init__(self, directory: Location) -> None:
+        """`directory` is absolute, or a URL. Raises CheckpointError if the socket's directory is someone else's."""
         self._home = embedded_home(directory)
         private_directory(self._home.parent)
         private_directory(self._home)

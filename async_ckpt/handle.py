@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import Literal
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.location import Location
 from async_ckpt.core.protocol import Settled
 from async_ckpt.core.slots import Phase
 
@@ -24,7 +24,7 @@ class SaveHandle:
     once it has happened, None before: `copy_s` (this rank's copy), `write_s` and `commit_s` (the saver's), `bytes`.
     """
 
-    def __init__(self, step: int, path: Path, timeout_s: float) -> None:
+    def __init__(self, step: int, path: Location, timeout_s: float) -> None:
         self.step = step
         self.stall_s = 0.0
         self.started_s = time.perf_counter()
@@ -64,8 +64,9 @@ class SaveHandle:
             time.sleep(_POLL_S)
         self._raise_if_lost()
 
-    def wait(self, timeout_s: float | None = None) -> Path:
-        """Return the committed directory, `<directory>/checkpoint-<step>`: it survives a power loss.
+    def wait(self, timeout_s: float | None = None) -> Location:
+        """Return the committed directory, `<directory>/checkpoint-<step>`: it survives a power loss. A `Path`, or a
+        `Url` (text) where the directory is one.
 
         Raises CheckpointError if the save failed or was skipped, or after `timeout_s` (default: attach's).
         """

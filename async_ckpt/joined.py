@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from async_ckpt.core.location import Location
 from async_ckpt.core.protocol import Started
 
 from .client import Client
@@ -18,8 +18,8 @@ class Settings:
     """What the user chose, as far as a Checkpointer needs it. `directory` is absolute; `given` is how the user named
     it, and names the paths that are returned. `saver` says in an error where to look next."""
 
-    directory: Path
-    given: Path
+    directory: Location
+    given: Location
     rank: int
     when_busy: Literal["wait", "skip"]
     timeout_s: float

@@ -11,6 +11,7 @@ import torch
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_DOCUMENT_BYTES
+from async_ckpt.core.location import Location, Url
 
 from .optimizer_state import StateShard
 from .plan import Plan, make_target
@@ -24,7 +25,7 @@ class OpenCheckpoint:
     """`documents` is where the JSON lies, `tensors` where the safetensors files do: the same directory, or an image in
     RAM for the tensors. Raises CheckpointError, before anything is changed, if it does not fit the plan."""
 
-    def __init__(self, plan: Plan, documents: Path, tensors: Path) -> None:
+    def __init__(self, plan: Plan, documents: Location, tensors: Location) -> None:
         self._weights = _assign(plan, tensors)
         differences = _other_bases(plan, documents)
         differences += [line for file, targets in self._weights for line in file.differences(targets)]
@@ -45,7 +46,7 @@ class OpenCheckpoint:
             self._state.read()
 
 
-def _other_bases(plan: Plan, documents: Path) -> list[str]:
+def _other_bases(plan: Plan, documents: Location) -> list[str]:
     """Adapters of another base model, by the last part of its name: one model lies in many places."""
     found = []
     for name, here in plan.base_models.items():
@@ -60,17 +61,19 @@ def _last_part(name: str) -> str:
     return Path(str(name).rstrip("/")).name
 
 
-def _assign(plan: Plan, tensors: Path) -> list[tuple[OpenFile, list[Target]]]:
+def _assign(plan: Plan, tensors: Location) -> list[tuple[OpenFile, list[Target]]]:
     """Every file with weights, and the targets that it serves; what no file of a folder holds falls to its first one.
 
     The checkpoint may be split into other files than the plan: another max_shard_size was given when it was saved.
     """
-    folders: dict[Path, list[Target]] = {}
-    for path, targets in plan.weights.items():
-        folders.setdefault(tensors / Path(path).parent, []).extend(targets)
+    folders: dict[Location, list[Target]] = {}
+    for name, targets in plan.weights.items():
+        inner = name.rpartition("/")[0]
+        folders.setdefault(tensors / inner if inner else tensors, []).extend(targets)
     assigned = []
     for folder, wanted in folders.items():
-        files = [OpenFile(path) for path in sorted(folder.glob("*.safetensors"))]
+        paths: list[Location] = [*folder.glob("*.safetensors")]
+        files = [OpenFile(path) for path in sorted(paths, key=str)]
         if not files:
             raise CheckpointError(f"there is no .safetensors file in {folder}")
         served: list[tuple[OpenFile, list[Target]]] = [(file, []) for file in files]
@@ -82,7 +85,7 @@ def _assign(plan: Plan, tensors: Path) -> list[tuple[OpenFile, list[Target]]]:
 
 
 class _OpenState:
-    def __init__(self, state: TrainingState, documents: Path, tensors: Path) -> None:
+    def __init__(self, state: TrainingState, documents: Location, tensors: Location) -> None:
         self._state = state
         self._file = OpenFile(tensors / TENSORS_FILE)
         self._shared = _read_document(documents / DOCUMENT)
@@ -120,10 +123,11 @@ def _has_room(target: Target) -> bool:
     return parameter is not None and parameter in target.shard.optimizer.state
 
 
-def _read_document(path: Path) -> dict[str, Any]:
+def _read_document(path: Location) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        if not isinstance(path, Url) and path.stat().st_size > MAX_DOCUMENT_BYTES:
             raise CheckpointError(f"{path} has more than {MAX_DOCUMENT_BYTES} bytes")
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        data = path.read_first(MAX_DOCUMENT_BYTES) if isinstance(path, Url) else path.read_bytes()
+        return msgspec.json.decode(data, type=dict[str, Any])
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

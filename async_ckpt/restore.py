@@ -5,15 +5,16 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import FileLayout, TensorSpec, header_bytes, parse_file
+from async_ckpt.core.location import Location, Url
 from async_ckpt.core.region import Region
 
+from .fetched import Fetched, batches, runs_of
 from .mapped import POPULATE_READ, image_view, populate
 from .sharding import Shard
 
@@ -28,7 +29,7 @@ class Restored:
     metrics: dict[str, Any]
     extra: Any
     source: Literal["ram", "disk"]
-    path: Path
+    path: Location
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,21 @@ class Target:
 
 
 class OpenFile:
-    """A safetensors file, mapped: only the pages that are read are fetched.
+    """A safetensors file, mapped: only the pages that are read are fetched. One in an object store is fetched piece by
+    piece into a mapping that is as large as it and holds what is wanted just now.
 
     Raises CheckpointError if it is missing or its length is not what its header says.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
+        self._fetched: Fetched | None = None
         try:
-            with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if isinstance(path, Url):
+                self._fetched = Fetched(path)
+                mapped = self._fetched.mapped
+            else:
+                with path.open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
         self.path = path
@@ -81,25 +88,36 @@ class OpenFile:
             if shard.region.numel:
                 sources.append(image_view(self._image, self.extents[target.name], shard.dtype, shard.region))
                 destinations.append(shard.local())
-        if destinations:
+        if not destinations:
+            return
+        if self._fetched is None:
             populate(self._mapped, self._image.data_ptr(), sources, POPULATE_READ)
             with torch.no_grad():
                 torch._foreach_copy_(destinations, sources)
+            return
+        base = self._image.data_ptr()
+        spans = [runs_of(source, base) for source in sources]
+        for batch in batches(spans):
+            with self._fetched.holding([run for index in batch for run in spans[index]]), torch.no_grad():
+                torch._foreach_copy_([destinations[index] for index in batch], [sources[index] for index in batch])
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A whole tensor, copied."""
         extent = self.extents[name]
+        if self._fetched is not None:
+            with self._fetched.holding([(extent.start, extent.stop)]):
+                return image_view(self._image, extent, dtype, Region.whole(extent.spec.shape)).clone()
         return image_view(self._image, extent, dtype, Region.whole(extent.spec.shape)).clone()
 
 
-def mismatch(path: Path, differences: Sequence[str]) -> CheckpointError:
+def mismatch(path: Location, differences: Sequence[str]) -> CheckpointError:
     """One error that lists them all, or as many as one can read."""
     more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     listed = "".join(f"\n  {line}" for line in differences[:_SHOWN])
     return CheckpointError(f"{path} does not fit what is attached; build it as it was when it was saved:{listed}{more}")
 
 
-def _parse(path: Path, mapped: mmap.mmap) -> FileLayout:
+def _parse(path: Location, mapped: mmap.mmap) -> FileLayout:
     try:
         length = header_bytes(mapped[:8])
     except ValueError as error:

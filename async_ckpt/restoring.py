@@ -12,6 +12,7 @@ from typing import Literal
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import reading
+from async_ckpt.core.location import Location, location_of
 from async_ckpt.core.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -33,14 +34,14 @@ log = logging.getLogger(__name__)
 class Found:
     """A checkpoint: its committed directory, and its image in RAM if one is known."""
 
-    path: Path
+    path: Location
     image: Path | None
 
 
-def find(checkpoint: str | int | os.PathLike[str], directory: Path, slots: Sequence[Slot]) -> Found:
+def find(checkpoint: str | int | os.PathLike[str], directory: Location, slots: Sequence[Slot]) -> Found:
     """The checkpoint of a step, or at a path. Raises CheckpointError if `checkpoint` is neither."""
     if isinstance(checkpoint, str | os.PathLike):
-        return Found(Path(checkpoint), None)
+        return Found(location_of(checkpoint), None)
     try:
         step = operator.index(checkpoint)
     except TypeError as error:
@@ -79,7 +80,7 @@ def _read(plan: Plan, found: Found, slots: Sequence[Slot]) -> tuple[Manifest, Li
     return description, "disk"
 
 
-def describe(path: Path) -> Manifest:
+def describe(path: Location) -> Manifest:
     """The manifest, or what stands for it where another program wrote the checkpoint."""
     if not path.is_dir():
         there = ", ".join(str(step) for step, _ in committed(path.parent)[-8:]) or "none"

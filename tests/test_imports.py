@@ -51,7 +51,7 @@ def test_the_wall_clock_is_told_to_people_and_decides_nothing() -> None:
     files = [*(ROOT / "async_ckpt").rglob("*.py"), *(ROOT / "service").rglob("*.py")]
     assert len(files) > 30
     found = [f"{file.name}: {line.strip()}" for file in files for line in file.read_text().splitlines()
-             if readings.search(line)]  # fmt: skip
+             if readings.search(line) and line != "from datetime import timedelta"]  # fmt: skip
     assert sorted(found) == ["status.py: return time.time()", "writer.py: created_unix_s=time.time(),"]
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import stat
-from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -20,6 +19,8 @@ import xxhash
 
 from .errors import CheckpointError
 from .limits import MAX_FILES, MAX_MANIFEST_BYTES, MAX_PATH_BYTES, MAX_STEP
+from .location import Location, Url, location_of
+from .object_errors import ObjectError
 
 logger = logging.getLogger(__name__)
 
@@ -121,22 +122,26 @@ def decode_manifest(data: bytes) -> Manifest:
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the checkpoint in `directory` (that is ``.../checkpoint-<step>``), typed and capped.
+    """The manifest of the checkpoint in `directory` (that is ``.../checkpoint-<step>``, or its URL), typed and capped.
 
     Raises CheckpointError with the path and the reason if it is missing, unreadable, or damaged.
     """
-    path = Path(directory) / MANIFEST_NAME
+    path = location_of(directory) / MANIFEST_NAME
     try:
         return decode_manifest(manifest_bytes(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ObjectError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def manifest_bytes(path: Path) -> bytes:
+def manifest_bytes(path: Location) -> bytes:
     """What the file at `path` holds, a byte more than is allowed at most. Raises OSError, also for what is no file: a
     pipe of that name must hang nobody."""
+    if isinstance(path, Url):
+        return path.read_first(MAX_MANIFEST_BYTES + 1)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -174,52 +179,65 @@ def parse_step(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def committed(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+def committed(directory: str | os.PathLike[str]) -> list[tuple[int, Location]]:
     """Every committed checkpoint of a run as (step, path), in order of step; empty if `directory` does not exist.
 
     Only real directories count, no symbolic links. A path is `directory` as given, joined with the name.
     Raises CheckpointError if `directory` cannot be listed: that is not the same as having no checkpoint.
     """
-    root = Path(directory)
-    named = ((step, root / checkpoint_name(step)) for step in reversed(_named_steps(root)))
-    return [(step, path) for step, path in named if _is_committed(path, step)]
+    root = location_of(directory)
+    return [(content.step, root / checkpoint_name(content.step)) for content in manifests(root)]
 
 
-def latest(directory: str | os.PathLike[str]) -> Path | None:
+def manifests(directory: str | os.PathLike[str]) -> list[Manifest]:
+    """Of every committed checkpoint, as `committed` has them."""
+    root = location_of(directory)
+    found = (_committed(root / checkpoint_name(step), step) for step in reversed(_named_steps(root)))
+    return [content for content in found if content is not None]
+
+
+def latest(directory: str | os.PathLike[str]) -> Location | None:
     """The newest committed checkpoint of a run, None if there is none or `directory` does not exist.
 
-    Right whatever the symbolic link ``latest`` says: the greatest step with a valid manifest wins.
+    `directory` is a path, or a URL (s3://, gs://, az://), and so is the answer. Right whatever the symbolic link
+    ``latest`` says: the greatest step with a valid manifest wins.
     Raises CheckpointError if `directory` cannot be listed.
     """
-    root = Path(directory)
+    root = location_of(directory)
     for step in _named_steps(root):
         path = root / checkpoint_name(step)
-        if _is_committed(path, step):
+        if _committed(path, step) is not None:
             return path
     return None
 
 
-def _named_steps(root: Path) -> list[int]:
+def _named_steps(root: Location) -> list[int]:
     """Steps of which there is a directory, greatest first."""
-    try:
-        with os.scandir(root) as entries:
-            directories = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        # Answering "none" here would silently start a training run from scratch.
-        raise CheckpointError(f"the checkpoints in {root} cannot be listed: {error.strerror or error}") from error
+    if isinstance(root, Url):
+        directories = root.folders()
+    else:
+        try:
+            with os.scandir(root) as entries:
+                directories = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            # Answering "none" here would silently start a training run from scratch.
+            raise CheckpointError(f"the checkpoints in {root} cannot be listed: {error.strerror or error}") from error
     return sorted((step for step in map(parse_step, directories) if step is not None), reverse=True)
 
 
-def _is_committed(path: Path, step: int) -> bool:
+def _committed(path: Location, step: int) -> Manifest | None:
     try:
         manifest = read_manifest(path)
+    except ObjectError:
+        raise  # nothing is known of it
     except CheckpointError as error:
         # Without a manifest it is another program's checkpoint, or retention took it meanwhile: nothing to report.
         if not isinstance(error.__cause__, FileNotFoundError):
             logger.warning("%s is not taken for a checkpoint: %s", path, error)
-        return False
+        return None
     if manifest.step != step:
         logger.warning("%s is not taken for a checkpoint: its manifest is of step %d", path, manifest.step)
-    return manifest.step == step
+        return None
+    return manifest

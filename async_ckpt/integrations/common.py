@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from async_ckpt.attaching import attach
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.location import local_path
 from async_ckpt.core.manifest import MANIFEST_NAME, parse_step
 from async_ckpt.core.slots import SHM, RunRecord, SlotPaths, StateFile
 from async_ckpt.plan import DEFAULT_ADAPTER
@@ -86,10 +87,10 @@ def export(model: torch.nn.Module, directory: str | Path, *, rank: int) -> None:
     Every rank calls it; nothing is gathered. A file that is there already is replaced in one step, when the new one is
     durable. Raises CheckpointError if that cannot be done; then `directory` is as it was.
     """
-    hidden = Path(directory) / _EXPORT
+    hidden = local_path(directory, "exporting the weights") / _EXPORT
     try:
         with attach(model, directory=hidden, slots=1, adapter_name=adapter_names(model)) as ckpt:
-            path = ckpt.save(ckpt.next_step).wait()
+            path = hidden / ckpt.save(ckpt.next_step).wait().name
         if rank == 0:
             for source in sorted(path.rglob("*")):
                 if source.is_file() and source.name != MANIFEST_NAME:

@@ -10,6 +10,7 @@ import msgspec
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import BeingRead, is_read
+from async_ckpt.core.location import Location, Url
 from async_ckpt.core.manifest import checkpoint_name
 from async_ckpt.core.retention_policy import Policy
 
@@ -34,13 +35,17 @@ class Removal(msgspec.Struct, frozen=True):
 
 
 def collect(
-    directory: Path, policy: Policy, *, dry_run: bool, progress: Callable[[Removal], None] = lambda removal: None
+    directory: Location, policy: Policy, *, dry_run: bool, progress: Callable[[Removal], None] = lambda removal: None
 ) -> list[Removal]:
     """Remove leftovers of commits whose saver is gone, then apply `policy`; the newest checkpoint always stays.
 
     A saver may be at work in `directory` meanwhile: what it works under, and what a reader holds, is left alone.
     Raises CheckpointError if `directory` cannot be listed.
     """
+    if isinstance(directory, Url):
+        from .object_collection import collect_objects
+
+        return collect_objects(directory, policy, dry_run=dry_run, progress=progress)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory: give the one that attach was given")
     removals = []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from async_ckpt.core.layout import Extent
+from async_ckpt.core.location import Location
 from async_ckpt.core.manifest import Manifest, read_manifest
+from async_ckpt.core.ranges import open_ranges
 
 from .contents import STATE_DOCUMENT, read_object
 from .inspection import adapter_of, layouts_of
@@ -52,11 +53,11 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 class _Tensor(msgspec.Struct, frozen=True):
-    path: Path
+    path: Location
     extent: Extent
 
 
-def compare(a: Path, b: Path, progress: Callable[[int], None] = lambda done_bytes: None) -> Comparison:
+def compare(a: Location, b: Location, progress: Callable[[int], None] = lambda done_bytes: None) -> Comparison:
     """Raises CheckpointError if a manifest or a header cannot be read, OSError if a file cannot."""
     manifest_a, manifest_b = read_manifest(a), read_manifest(b)
     in_a, in_b = _tensors(a, manifest_a), _tensors(b, manifest_b)
@@ -80,13 +81,13 @@ def compare(a: Path, b: Path, progress: Callable[[int], None] = lambda done_byte
     )
 
 
-def bytes_to_read(a: Path, b: Path) -> int:
+def bytes_to_read(a: Location, b: Location) -> int:
     """How many bytes `compare` will tell its progress of, at most."""
     in_a, in_b = _tensors(a, read_manifest(a)), _tensors(b, read_manifest(b))
     return sum(in_a[name].extent.spec.nbytes for name in in_a.keys() & in_b.keys())
 
 
-def _tensors(checkpoint: Path, manifest: Manifest) -> dict[str, _Tensor]:
+def _tensors(checkpoint: Location, manifest: Manifest) -> dict[str, _Tensor]:
     """By folder and name, so that it does not matter into how many files a model was split."""
     return {
         os.path.join(os.path.dirname(path), extent.spec.name): _Tensor(checkpoint / path, extent)
@@ -99,13 +100,13 @@ def _shape(tensor: _Tensor) -> str:
     return f"{tensor.extent.spec.dtype} {list(tensor.extent.spec.shape)}"
 
 
-def _pairs(before: _Tensor, after: _Tensor) -> Iterator[tuple[bytes, bytes]]:
-    with before.path.open("rb") as file_a, after.path.open("rb") as file_b:
+def _pairs(before: _Tensor, after: _Tensor) -> Iterator[tuple[memoryview, memoryview]]:
+    with open_ranges(before.path) as file_a, open_ranges(after.path) as file_b:
         for start in range(0, before.extent.spec.nbytes, _STEP_BYTES):
-            length = min(_STEP_BYTES, before.extent.spec.nbytes - start)
+            stop = min(start + _STEP_BYTES, before.extent.spec.nbytes)
             yield (
-                os.pread(file_a.fileno(), length, before.extent.start + start),
-                os.pread(file_b.fileno(), length, after.extent.start + start),
+                file_a.read(before.extent.start + start, before.extent.start + stop),
+                file_b.read(after.extent.start + start, after.extent.start + stop),
             )
 
 
@@ -123,7 +124,7 @@ def _max_abs(before: _Tensor, after: _Tensor) -> float | None:
         return None
     import numpy
 
-    def values(data: bytes) -> Any:
+    def values(data: memoryview) -> Any:
         raw = numpy.frombuffer(data, _NUMPY[dtype])
         if dtype == "BF16":
             raw = (raw.astype("<u4") << 16).view("<f4")
@@ -132,7 +133,7 @@ def _max_abs(before: _Tensor, after: _Tensor) -> float | None:
     return max(float(numpy.max(numpy.abs(values(one) - values(other)))) for one, other in _pairs(before, after))
 
 
-def _state(checkpoint: Path, manifest: Manifest) -> dict[str, Any] | None:
+def _state(checkpoint: Location, manifest: Manifest) -> dict[str, Any] | None:
     return read_object(checkpoint / STATE_DOCUMENT) if STATE_DOCUMENT in manifest.files else None
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.location import Location
 
 from .tensorfile import read_layout
 
@@ -33,7 +33,7 @@ class _State(msgspec.Struct, frozen=True):
     optimizers: list[_Optimizer] = []
 
 
-def unreasonable(checkpoint: Path, whole: set[str], world: int) -> Iterator[tuple[str, str]]:
+def unreasonable(checkpoint: Location, whole: set[str], world: int) -> Iterator[tuple[str, str]]:
     """(file, what is wrong) for what an intact checkpoint would not say. `whole` are the files that may be read."""
     for name in sorted(whole):
         folder, base = os.path.split(name)
@@ -45,7 +45,7 @@ def unreasonable(checkpoint: Path, whole: set[str], world: int) -> Iterator[tupl
         yield from ((STATE_TENSORS, what) for what in _state_tensors(checkpoint, world))
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Location) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for anything else."""
     try:
         found = json.loads(path.read_bytes())
@@ -56,7 +56,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _adapter(checkpoint: Path, folder: str, name: str, whole: set[str]) -> Iterator[str]:
+def _adapter(checkpoint: Location, folder: str, name: str, whole: set[str]) -> Iterator[str]:
     try:
         config = read_object(checkpoint / name)
     except CheckpointError as error:
@@ -76,7 +76,7 @@ def _adapter(checkpoint: Path, folder: str, name: str, whole: set[str]) -> Itera
         yield f"describes a LoRA adapter, but no tensor of {weights} has lora_ in its name"
 
 
-def _document(checkpoint: Path, name: str) -> Iterator[str]:
+def _document(checkpoint: Location, name: str) -> Iterator[str]:
     try:
         read_object(checkpoint / name)
         if name == STATE_DOCUMENT:
@@ -85,7 +85,7 @@ def _document(checkpoint: Path, name: str) -> Iterator[str]:
         yield str(error)
 
 
-def _state_tensors(checkpoint: Path, world: int) -> Iterator[str]:
+def _state_tensors(checkpoint: Location, world: int) -> Iterator[str]:
     """Every tensor belongs to a parameter that the document lists, or to a rank that took part."""
     try:
         listed = parameters(checkpoint)
@@ -108,7 +108,7 @@ def _owners(name: str) -> Iterator[str]:
         yield name
 
 
-def parameters(checkpoint: Path) -> set[str]:
+def parameters(checkpoint: Location) -> set[str]:
     """The parameters that the optimizers of a training state list. Raises CheckpointError if its document is none."""
     try:
         document = msgspec.json.decode((checkpoint / STATE_DOCUMENT).read_bytes(), type=_State)

@@ -78,7 +78,7 @@ def write_image_file(image: str, path: str, destination: str, hashing: Executor,
     size; the image must not be truncated meanwhile (that is SIGBUS). `hashing` runs the hash beside the write.
     Raises OSError, and CheckpointError if `path` is no regular file or leads through a symbolic link.
     """
-    source = _open_source(image, path)
+    source = open_source(image, path)
     try:
         length = os.fstat(source).st_size
         if length == 0:
@@ -196,7 +196,7 @@ class _Output:
         logger.info("%s goes through the page cache: O_DIRECT is refused at %s (%s)", self.path, operation, error)
 
 
-def _open_source(image: str, path: str) -> int:
+def open_source(image: str, path: str) -> int:
     """Open a file of the image; no component below `image` may be a symbolic link, which could lead anywhere."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     *directories, name = path.split("/")

@@ -9,7 +9,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.location import Location, Url
 from async_ckpt.core.slots import SHM
 from async_ckpt.core.transport import Ipc, transport_of
 
@@ -32,7 +33,7 @@ _FEW_FILES = 1024
 _FSYNC_TRIES = 5
 _SLOW_FSYNC_S = 0.1
 _NEEDED = ("msgspec", "pyzmq", "uvloop", "xxhash")
-_OPTIONAL = ("torch", "peft", "transformers", "safetensors", "rich", "shtab")
+_OPTIONAL = ("torch", "peft", "transformers", "safetensors", "obstore", "rich", "shtab")
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -44,13 +45,18 @@ class Finding(msgspec.Struct, frozen=True):
     advice: str = ""
 
 
-def examine(root: Path | None, bind: str | None) -> Iterator[Finding]:
-    """One finding after the other. `root` and `bind` are looked at if they are given. Leaves nothing behind."""
+def examine(roots: Sequence[Location], bind: str | None) -> Iterator[Finding]:
+    """One finding after the other. `roots` and `bind` are looked at if they are given. Leaves nothing behind."""
     yield from _shared_memory()
     yield from _left_in_shared_memory()
     yield from _limits()
-    if root is not None:
-        yield from _storage(root)
+    for root in roots:
+        if isinstance(root, Url):
+            from .object_examination import examine_store
+
+            yield from examine_store(root)
+        else:
+            yield from _storage(root)
     if bind is not None:
         yield from _endpoint(bind)
     yield from _clock()

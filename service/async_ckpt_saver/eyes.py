@@ -27,9 +27,9 @@ _PAGE = {
 class Eyes:
     """Tell it of each save that settles; everything else is looked up when somebody asks."""
 
-    def __init__(self, address: Address, status: Callable[[], SaverStatus], root: Path) -> None:
+    def __init__(self, address: Address, status: Callable[[], SaverStatus], roots: list[Path]) -> None:
         self._status = status
-        self._root = root
+        self._roots = roots
         self._metrics = Metrics(status)
         self._changed = asyncio.Event()
         self._stopping = False
@@ -80,11 +80,11 @@ class Eyes:
     async def _storage(self) -> str | None:
         """Why nothing could be committed now. One look at a time: on a dead network filesystem it may take for ever."""
         if self._probe is None:
-            self._probe = asyncio.ensure_future(asyncio.to_thread(_unusable, self._root))
+            self._probe = asyncio.ensure_future(asyncio.to_thread(_unusable, self._roots))
         try:
             reason = await asyncio.wait_for(asyncio.shield(self._probe), _PROBE_S)
         except asyncio.TimeoutError:
-            return f"the root {self._root} does not answer within {_PROBE_S:g} s"
+            return f"the root {', '.join(map(str, self._roots))} does not answer within {_PROBE_S:g} s"
         self._probe = None
         return reason
 
@@ -107,10 +107,11 @@ def _fixed(body: bytes, kind: str) -> Route:
     return answer
 
 
-def _unusable(root: Path) -> str | None:
-    """Why nothing could be committed below `root`."""
-    if not root.is_dir():
-        return f"the root {root} is not there: is its volume mounted?"
-    if not os.access(root, os.W_OK | os.X_OK):
-        return f"the root {root} is not writable for uid {os.getuid()}"
+def _unusable(roots: list[Path]) -> str | None:
+    """Why nothing could be committed below one of `roots`."""
+    for root in roots:
+        if not root.is_dir():
+            return f"the root {root} is not there: is its volume mounted?"
+        if not os.access(root, os.W_OK | os.X_OK):
+            return f"the root {root} is not writable for uid {os.getuid()}"
     return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Hashable
-from pathlib import Path
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_IDENTITIES, MAX_REASON_CHARS, MAX_REGISTRATIONS, MAX_RUNS
+from async_ckpt.core.location import location_of
 from async_ckpt.core.protocol import Ack, Bye, FromRank, Ping, Pong, Refuse, Refused, Register, Status, StatusWanted
 from async_ckpt.core.slots import shm_identity
 
@@ -88,7 +88,7 @@ class Hub:
             pid=os.getpid(),
             version=__version__,
             endpoint=services.endpoint,
-            root=str(services.root),
+            root=str(services.roots),
             incarnation=services.incarnation,
             uptime_s=services.loop.time() - services.started_s,
             rss_bytes=process_memory_bytes(),
@@ -105,7 +105,7 @@ class Hub:
             self._services.rejections.count(cause, reason)
             self._services.send(identity, Refused(reason=reason))
             return
-        desk = self._desk(str(Path(message.options.directory)))
+        desk = self._desk(str(location_of(message.options.directory)))
         if isinstance(message, Register):
             self._places[identity] = desk
             desk.register(identity, message)
@@ -114,12 +114,11 @@ class Hub:
             desk.withdraw(identity, message.job, message.options.world, reason)
 
     def _outside(self, message: Register | Refuse) -> tuple[Cause, str] | None:
-        directory, root = Path(message.options.directory), self._services.root
-        # By the names alone: symbolic links are followed when the directory is prepared, off this thread.
-        if directory.is_absolute() and Path(os.path.normpath(directory)).is_relative_to(root):
+        directory, roots = message.options.directory, self._services.roots
+        if roots.covers(directory):
             return None
         return "unexpected", (
-            f"{directory} is outside the root {root} of the saver at {self._services.endpoint}: "
+            f"{directory} is outside the root {roots} of the saver at {self._services.endpoint}: "
             f"choose a directory below it, or start the saver with another --root"
         )
 
@@ -159,8 +158,8 @@ class Hub:
             self._places[key].process_gone(key)
 
     def _adopt(self, image: RunImage) -> None:
-        if not Path(image.directory).resolve().is_relative_to(self._services.root):
-            raise CheckpointError(f"{image.directory} is outside the root {self._services.root}")
+        if not self._services.roots.covers(str(location_of(image.directory).resolve())):
+            raise CheckpointError(f"{image.directory} is outside the root {self._services.roots}")
         log.info("found run %s of %s", image.path, image.directory)
         desk = self._desk(image.directory)
         for peer in image.record.peers:

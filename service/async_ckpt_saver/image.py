@@ -110,6 +110,7 @@ class RunImage:
             world=self.record.options.world,
             run=self.path.name,
             versions=self.record.versions,
+            timeout_s=self.record.options.timeout_s,
         )
 
     def newest_image(self) -> tuple[int, SlotPaths] | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import FileLayout
-from async_ckpt.core.manifest import Metric, committed, read_manifest
+from async_ckpt.core.location import Location, Url
+from async_ckpt.core.manifest import Manifest, Metric, committed, read_manifest
 from async_ckpt.core.retention_policy import Policy
 
 from .contents import ADAPTER_CONFIG, STATE_DOCUMENT, parameters, read_object
@@ -22,7 +22,7 @@ from .tensorfile import SUFFIX, read_layout
 
 class Listed(msgspec.Struct, frozen=True):
     """One checkpoint of a directory. `kept_by` are the rules that keep it, empty if it would go; `latest`: the
-    symbolic link names it."""
+    symbolic link names it, or, in an object store, it is the newest."""
 
     step: int
     path: str
@@ -68,11 +68,11 @@ class Shown(msgspec.Struct, frozen=True):
     training_state: dict[str, Any] | None
 
 
-def listing(directory: Path, policy: Policy, now_unix_s: float) -> list[Listed]:
+def listing(directory: Location, policy: Policy, now_unix_s: float) -> list[Listed]:
     """The committed checkpoints, in order of step. Raises CheckpointError if `directory` cannot be listed."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory: give the one that attach was given")
-    manifests = []
+    manifests: list[tuple[Location, Manifest]] = []
     for _, path in committed(directory):
         try:
             manifests.append((path, read_manifest(path)))
@@ -80,8 +80,7 @@ def listing(directory: Path, policy: Policy, now_unix_s: float) -> list[Listed]:
             if path.exists():  # else retention has removed it since
                 raise
     kept = kept_by([(manifest.step, manifest.metrics) for _, manifest in manifests], policy)
-    link = directory / LATEST
-    named = os.readlink(link) if link.is_symlink() else None
+    named = _latest(directory, manifests)
     return [
         Listed(
             step=manifest.step,
@@ -96,7 +95,15 @@ def listing(directory: Path, policy: Policy, now_unix_s: float) -> list[Listed]:
     ]
 
 
-def inspect(checkpoint: Path) -> Shown:
+def _latest(directory: Location, manifests: list[tuple[Location, Manifest]]) -> str | None:
+    """The name of the checkpoint that is the latest for others. An object store has no links: the newest is."""
+    if isinstance(directory, Url):
+        return manifests[-1][0].name if manifests else None
+    link = directory / LATEST
+    return os.readlink(link) if link.is_symlink() else None
+
+
+def inspect(checkpoint: Location) -> Shown:
     """Raises CheckpointError if the manifest or a header cannot be read."""
     manifest = read_manifest(checkpoint)
     layouts = layouts_of(checkpoint, list(manifest.files))
@@ -127,17 +134,17 @@ def inspect(checkpoint: Path) -> Shown:
     )
 
 
-def layouts_of(checkpoint: Path, files: list[str]) -> dict[str, FileLayout]:
+def layouts_of(checkpoint: Location, files: list[str]) -> dict[str, FileLayout]:
     return {path: read_layout(checkpoint / path) for path in files if path.endswith(SUFFIX)}
 
 
-def adapter_of(checkpoint: Path, files: list[str]) -> dict[str, Any] | None:
+def adapter_of(checkpoint: Location, files: list[str]) -> dict[str, Any] | None:
     """PEFT's configuration; a non-default adapter has it in a folder of its own."""
     named = [path for path in files if os.path.basename(path) == ADAPTER_CONFIG]
     return read_object(checkpoint / named[0]) if named else None
 
 
-def _training_state(checkpoint: Path) -> dict[str, Any]:
+def _training_state(checkpoint: Location) -> dict[str, Any]:
     document = read_object(checkpoint / STATE_DOCUMENT)
     optimizers = [
         {

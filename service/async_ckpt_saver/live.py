@@ -37,6 +37,7 @@ from .preemption import Agreement, Tell
 from .run import Action, Commit, Report, Run
 from .services import Services
 from .status import Chronicle, RunState, RunStatus, run_status
+from .storage import Committed
 
 log = logging.getLogger(__name__)
 
@@ -110,19 +111,28 @@ class LiveRun:
 
     def recover(self) -> None:
         """Take up what an earlier saver left: the journal is what the ranks had said, the disk what it had done."""
+        if self._storage.far:  # the other runs of this saver do not wait for a network
+            self._services.spawn(self._recover_far())
+        else:
+            self._take_up(self._committed_before())
+
+    async def _recover_far(self) -> None:
+        self._take_up(await self._services.in_thread(self._committed_before))
+        self._maybe_end()
+
+    def _committed_before(self) -> list[Committed]:
         try:
-            self._know_committed()
+            self._storage.sweep()  # half a commit, and names that are not durable yet
+            return self._storage.committed_by(self.image.path.name)
         except (OSError, CheckpointError) as error:  # found out when a step of it is to be committed
             log.error("%s cannot be read: %s", self.image.directory, error)
+            return []
+
+    def _take_up(self, known: list[Committed]) -> None:
+        for each in known:
+            self._machine.know(Settled(step=each.step, slot=0, outcome="committed", path=each.path, bytes=each.bytes))
         told = [state.settled_step for state in self.image.states]
         self._perform(self._machine.take_up(self.image.staged_cells(), told))
-
-    def _know_committed(self) -> None:
-        self._storage.sweep()  # half a commit, and names that are not durable yet
-        for found in self._storage.committed_by(self.image.path.name):
-            self._machine.know(
-                Settled(step=found.step, slot=0, outcome="committed", path=found.path, bytes=found.bytes)
-            )
 
     def receive(self, rank: int, message: FromRank) -> None:
         senseless = self._senseless(message)

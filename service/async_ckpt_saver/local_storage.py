@@ -29,6 +29,8 @@ class LocalStorage:
     A filesystem that hangs blocks the calling thread: there is no other way to wait for one.
     """
 
+    far = False
+
     def __init__(self, directory: str, root: Path) -> None:
         self.directory = directory
         self._root = root

@@ -27,6 +27,7 @@ from .doorkeeper import Doorkeeper
 from .http_listener import Address
 from .hub import Hub
 from .notify import Notifier
+from .roots import Roots
 from .services import Services
 
 if TYPE_CHECKING:
@@ -48,13 +49,13 @@ _QUIET_S = 1.0  # and one that nobody needs any more
 @dataclass(frozen=True)
 class Config:
     """`bind`: an address (`core/transport.py`). `curve_secret`, `curve_allow`: for tcp, the file with the saver's own
-    keys and the directory with the public keys of those who may connect, read once. `root`: nothing is written outside
-    it. `embedded`: exit when nobody needs this saver any more. `keep_image_s`: how long the newest image of a dead run
-    is kept in RAM. `grace_s`: how long ranks that live are still served after a signal: whoever ends us may have ended
-    them as well, and they have a last checkpoint to save. `http`: where to show what goes on."""
+    keys and the directory with the public keys of those who may connect, read once. `roots`: nothing is written outside
+    them. `embedded`: exit when nobody needs this saver any more. `keep_image_s`: how long the newest image of a dead
+    run is kept in RAM. `grace_s`: how long ranks that live are still served after a signal: whoever ends us may have
+    ended them as well, and they have a last checkpoint to save. `http`: where to show what goes on."""
 
     bind: str
-    root: Path
+    roots: Roots
     embedded: bool = False
     keep_image_s: float = 900.0
     orphan_image_s: float = 20.0
@@ -71,7 +72,6 @@ class Server:
         self._config = config
         self._transport = transport_of(config.bind)
         self._keys = self._read_keys() if self._transport.encrypted else None
-        self._root = config.root.resolve()
         self._stop = asyncio.Event()
         self._eyes: Eyes | None = None
         self._signal: int | None = None
@@ -87,7 +87,7 @@ class Server:
             self._startup()
             try:
                 await self._open_eyes()
-                self._notifier.ready(f"serves {self._config.bind}, root {self._root}")
+                self._notifier.ready(f"serves {self._config.bind}, root {self._config.roots}")
                 await self._main_loop()
             finally:
                 self._notifier.stopping()
@@ -128,10 +128,11 @@ class Server:
 
     def _startup(self) -> None:
         self._loop = asyncio.get_running_loop()
-        if self._root.exists() and not self._root.is_dir():
-            raise CheckpointError(f"--root {self._root} is no directory")
-        if not self._config.embedded and not self._root.exists():
-            log.warning("the root %s does not exist yet: is its volume mounted?", self._root)
+        for root in self._config.roots.directories:
+            if root.exists() and not root.is_dir():
+                raise CheckpointError(f"--root {root} is no directory")
+            if not self._config.embedded and not root.exists():
+                log.warning("the root %s does not exist yet: is its volume mounted?", root)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal, number)
         # Slurm sends its notice to every process of a job; it is meant for the ranks, and would end us here.
@@ -145,7 +146,7 @@ class Server:
         self._socket.set(zmq.LINGER, 200)
         services = self._services = Services(
             endpoint=self._config.bind,
-            root=self._root,
+            root=self._config.roots,
             incarnation=secrets.token_hex(8),
             send=self._send,
             loop=self._loop,
@@ -165,14 +166,14 @@ class Server:
         self._loop.add_reader(self._fd, self._drain_socket)
         self._loop.call_soon(self._drain_socket)
         self._started_s = self._loop.time()
-        log.info("saver %d serves %s, root %s", os.getpid(), self._config.bind, self._root)
+        log.info("saver %d serves %s, root %s", os.getpid(), self._config.bind, self._config.roots)
 
     async def _open_eyes(self) -> None:
         if self._config.http is None:
             return
         from .eyes import Eyes  # takes time to import, and an embedded saver has none
 
-        self._eyes = Eyes(self._config.http, self._hub.status, self._root)
+        self._eyes = Eyes(self._config.http, self._hub.status, self._config.roots.directories)
         self._services.on_settled = self._eyes.observe
         log.info("http://%s/ shows what goes on", await self._eyes.start())
 

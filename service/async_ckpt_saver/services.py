@@ -13,8 +13,8 @@ from typing import TypeVar
 from async_ckpt.core.protocol import FromSaver, Rejected
 
 from .clock import RunningClock
-from .local_storage import LocalStorage
 from .rejections import Cause, Rejections
+from .roots import Roots
 from .status import ENDED_RUNS, RunStatus, SaveStatus
 from .storage import Storage
 
@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 @dataclass
 class Services:
-    """`send(identity, message)` never blocks. `root` bounds every write to storage. `incarnation` is new with every
+    """`send(identity, message)` never blocks. `root`, one directory or several places, bounds every write to storage.
+    `incarnation` is new with every
     start of the saver on `endpoint`. Storage is touched in the pool's threads only, so a stuck disk stops no message.
 
     `ended` are the last runs that are over. `on_settled` is told of each save that has its outcome.
@@ -33,7 +34,7 @@ class Services:
     """
 
     endpoint: str
-    root: Path
+    root: Path | Roots
     incarnation: str
     send: Callable[[bytes, FromSaver], None]
     loop: asyncio.AbstractEventLoop
@@ -49,6 +50,7 @@ class Services:
     )
 
     def __post_init__(self) -> None:
+        self.roots = self.root if isinstance(self.root, Roots) else Roots([self.root])
         self.clock = RunningClock(self.loop.time)
         self.started_s = self.loop.time()
 
@@ -56,8 +58,9 @@ class Services:
         return self.clock.now_s()
 
     def storage(self, directory: str) -> Storage:
-        """Where the checkpoints of `directory` rest; nothing is done there yet."""
-        return LocalStorage(directory, self.root)
+        """Where the checkpoints of `directory` rest; nothing is done there yet. Raises CheckpointError if it is outside
+        every root."""
+        return self.roots.storage(directory)
 
     def reject(self, identity: bytes, cause: Cause, reason: str) -> None:
         """Count what `identity` sent, and tell it: what it sent has changed nothing."""

@@ -24,7 +24,8 @@ class Setting(NamedTuple):
     """One thing that can be set. `name` is the TOML key; the flag and the variable are made from it.
 
     `convert` takes the text of a flag or variable, or the TOML value, and raises ValueError for what is not
-    `accepted`. A setting whose `default` is None has to be given where it is needed.
+    `accepted`. A flag that is `repeatable` gives a list, a variable its members with commas between. A setting whose
+    `default` is None has to be given where it is needed.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Setting(NamedTuple):
     default: Any
     metavar: str
     help: str
+    repeatable: bool = False
 
     @property
     def flag(self) -> str:
@@ -55,6 +57,11 @@ def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError
     return value
+
+
+def _texts(value: object) -> str:
+    """One, or a list: several are joined by commas."""
+    return ",".join(map(_text, value)) if isinstance(value, list) and value else _text(value)
 
 
 def _seconds(value: object) -> float:
@@ -88,7 +95,15 @@ BIND = Setting(
     "ENDPOINT",
     "ipc:// and an absolute path, or tcp://HOST:PORT",
 )
-ROOT = Setting("root", _text, "a directory, as in /data/runs", None, "DIR", "nothing is ever written outside DIR")
+ROOT = Setting(
+    "root",
+    _texts,
+    "a directory, as in /data/runs, or s3://BUCKET/PREFIX, gs://... or az://...",
+    None,
+    "DIR|URL",
+    "nothing is ever written outside it; may be given several times",
+    repeatable=True,
+)
 CURVE_SECRET = Setting(
     "curve_secret", _text, "the path of a file made by keygen", "", "FILE", "for tcp: this saver's keys, from keygen"
 )

@@ -24,10 +24,12 @@ class Storage(Protocol):
     """The checkpoints of one training directory. Every method blocks, so none is called in the saver's loop; several
     threads may be in one at a time.
 
-    Whatever goes wrong is a CheckpointError or an OSError that says what to do.
+    Whatever goes wrong is a CheckpointError or an OSError that says what to do. `far`: a network is between, and a
+    method may take as long as the run's `timeout_s`.
     """
 
     directory: str
+    far: bool
 
     def prepare(self) -> Callable[[], None]:
         """Make the place, prove that it takes files, and `sweep`. Returns what undoes the making: afterwards there is

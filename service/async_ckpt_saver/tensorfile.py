@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.layout import Extent, FileLayout, header_bytes, parse_file
+from async_ckpt.core.location import Location
+from async_ckpt.core.ranges import open_ranges
 
 SUFFIX = ".safetensors"
+_FIRST_BYTES = 64 << 10  # most headers are shorter: then it takes one request
 
 
-def read_layout(path: Path) -> FileLayout:
+def read_layout(path: Location) -> FileLayout:
     """Raises CheckpointError if it cannot be read, is no safetensors file, or is longer or shorter than its header
     says; its tensors are known to lie without a gap behind the header."""
     try:
-        with path.open("rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            head = file.read(8)
-            head += file.read(min(header_bytes(head), length) - len(head))
+        with open_ranges(path) as file:
+            length = file.bytes
+            head = bytes(file.read(0, min(_FIRST_BYTES, length)))
+            head += file.read(len(head), min(header_bytes(head), length))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -13,6 +11,7 @@ import msgspec
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import reading
 from async_ckpt.core.layout import FileLayout
+from async_ckpt.core.location import Location, Url
 from async_ckpt.core.manifest import (
     MANIFEST_NAME,
     SEAL_KEY,
@@ -24,11 +23,11 @@ from async_ckpt.core.manifest import (
 )
 
 from .contents import unreasonable
-from .datafile import CHUNK_BYTES, Digests
+from .datafile import CHUNK_BYTES
+from .rehash import NotAFile, Progress, opened
 from .tensorfile import SUFFIX, read_layout, tensors_within
 
 _SHOWN = 3  # names of damaged tensors in a line before "and N more"
-Progress = Callable[[int], None]
 
 
 class Damage(msgspec.Struct, frozen=True):
@@ -60,7 +59,7 @@ class Report(msgspec.Struct, frozen=True):
     unlisted: list[str]
 
 
-def verify(checkpoint: Path, progress: Progress = lambda done_bytes: None) -> Report:
+def verify(checkpoint: Location, progress: Progress = lambda done_bytes: None) -> Report:
     """Compare every file of `checkpoint` with its manifest, and the manifest with its own hash.
 
     The bytes come from storage, not from a page cache that may be better than the disk. `progress` is told how many
@@ -73,7 +72,7 @@ def verify(checkpoint: Path, progress: Progress = lambda done_bytes: None) -> Re
         return _verify(checkpoint, progress)
 
 
-def _verify(checkpoint: Path, progress: Progress) -> Report:
+def _verify(checkpoint: Location, progress: Progress) -> Report:
     present = set(_files(checkpoint))
     manifest, damage = _manifest(checkpoint)
     if manifest is None:
@@ -91,19 +90,22 @@ def _verify(checkpoint: Path, progress: Progress) -> Report:
     return Report(str(checkpoint), manifest.step, len(manifest.files) + 1, total_bytes, damage, unlisted)
 
 
-def planned_bytes(checkpoint: Path) -> int:
+def planned_bytes(checkpoint: Location) -> int:
     """How many bytes `verify` will read, as far as the manifest can be believed."""
     manifest, _ = _manifest(checkpoint)
     return 0 if manifest is None else manifest.total_bytes
 
 
-def _files(checkpoint: Path) -> Iterator[str]:
+def _files(checkpoint: Location) -> Iterator[str]:
+    if isinstance(checkpoint, Url):
+        yield from checkpoint.walk()
+        return
     for folder, _, names in os.walk(checkpoint):
         for name in names:
             yield os.path.relpath(os.path.join(folder, name), checkpoint)
 
 
-def _manifest(checkpoint: Path) -> tuple[Manifest | None, list[Damage]]:
+def _manifest(checkpoint: Location) -> tuple[Manifest | None, list[Damage]]:
     try:
         data = manifest_bytes(checkpoint / MANIFEST_NAME)
     except OSError as error:
@@ -121,31 +123,24 @@ def _manifest(checkpoint: Path) -> tuple[Manifest | None, list[Damage]]:
     return manifest, damage
 
 
-def _damage_of(checkpoint: Path, name: str, manifest: Manifest, progress: Progress) -> Iterator[Damage]:
+def _damage_of(checkpoint: Location, name: str, manifest: Manifest, progress: Progress) -> Iterator[Damage]:
     path, entry = checkpoint / name, manifest.files[name]
+    chunks = manifest.chunks.xxh3_64.get(name, []) if manifest.chunks is not None else []
+    chunk_bytes = manifest.chunks.bytes if manifest.chunks is not None else CHUNK_BYTES
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        yield Damage(name, f"cannot be opened: {error.strerror or error}")
+        with opened(path) as file:
+            if file.bytes != entry.bytes:
+                start, stop = sorted((file.bytes, entry.bytes))
+                what = "cut off" if file.bytes < entry.bytes else "added"
+                yield Damage(name, f"has {file.bytes} bytes, {entry.bytes} were committed: {what}", start, stop)
+                return
+            digests = file.digest(chunk_bytes, progress)
+    except NotAFile as error:
+        yield Damage(name, str(error))
         return
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            yield Damage(name, "is not a regular file")
-            return
-        if info.st_size != entry.bytes:
-            start, stop = sorted((info.st_size, entry.bytes))
-            what = "cut off" if info.st_size < entry.bytes else "added"
-            yield Damage(name, f"has {info.st_size} bytes, {entry.bytes} were committed: {what}", start, stop)
-            return
-        chunks = manifest.chunks.xxh3_64.get(name, []) if manifest.chunks is not None else []
-        chunk_bytes = manifest.chunks.bytes if manifest.chunks is not None else CHUNK_BYTES
-        digests = _read(fd, entry.bytes, chunk_bytes, progress)
     except OSError as error:
         yield Damage(name, f"cannot be read: {error.strerror or error}")
         return
-    finally:
-        os.close(fd)
     layout: FileLayout | None = None
     if name.endswith(SUFFIX):
         try:
@@ -158,25 +153,6 @@ def _damage_of(checkpoint: Path, name: str, manifest: Manifest, progress: Progre
             tensors = tensors_within(layout, start, stop) if layout is not None else []
             names = tuple(extent.spec.name for extent in tensors)
             yield Damage(name, "not the bytes that were committed", start, stop, names)
-
-
-def _read(fd: int, length: int, chunk_bytes: int, progress: Progress) -> Digests:
-    digests = Digests(chunk_bytes)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    buffer = bytearray(min(chunk_bytes, CHUNK_BYTES, max(length, 1)))
-    position = 0
-    with memoryview(buffer) as view:
-        while position < length:
-            wanted = min(len(view), chunk_bytes - position % chunk_bytes)
-            count = os.preadv(fd, [view[:wanted]], position)
-            if count == 0:
-                break  # it has become shorter since its size was looked at: the hash will not fit
-            digests.update(view[:count], position)
-            position += count
-            progress(count)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return digests
 
 
 def _differing(found: Any, expected: list[str], chunk_bytes: int, length: int) -> Iterator[tuple[int, int]]:

@@ -51,7 +51,8 @@ class CommitJob(msgspec.Struct, frozen=True):
 
     `directory` is the run's, absolute and resolved. `image` is a slot's directory, whose `files` (relative paths) are
     taken as they are; `documents` are the small files of this save that are not in the image. The rest is for the
-    manifest. The image must not change until `commit` has returned.
+    manifest. The image must not change until `commit` has returned. `timeout_s` bounds what can be waited for in vain:
+    an object store.
     """
 
     directory: str
@@ -64,6 +65,7 @@ class CommitJob(msgspec.Struct, frozen=True):
     world: int = 1
     versions: dict[str, str] = {}
     run: str = ""
+    timeout_s: float = 600.0
 
     @property
     def final(self) -> str:
@@ -216,6 +218,13 @@ def _write_files(job: CommitJob, temporary: str, step_hook: StepHook) -> dict[st
 
 
 def _write_manifest(job: CommitJob, temporary: str, written: dict[str, Written], step_hook: StepHook) -> None:
+    data = manifest_of(job, written)
+    step_hook("manifest")
+    write_bytes(data, MANIFEST_NAME, os.path.join(temporary, MANIFEST_NAME), step_hook)
+
+
+def manifest_of(job: CommitJob, written: dict[str, Written]) -> bytes:
+    """The bytes of the manifest, which name every file but itself. Raises CheckpointError."""
     chunks = {path: list(file.chunks) for path, file in written.items() if file.chunks}
     manifest = Manifest(
         format=FORMAT,
@@ -229,9 +238,7 @@ def _write_manifest(job: CommitJob, temporary: str, written: dict[str, Written],
         created_unix_s=time.time(),
         chunks=Chunks(CHUNK_BYTES, chunks) if chunks else None,
     )
-    data = encode_manifest(manifest)
-    step_hook("manifest")
-    write_bytes(data, MANIFEST_NAME, os.path.join(temporary, MANIFEST_NAME), step_hook)
+    return encode_manifest(manifest)
 
 
 def _check_there(temporary: str, written: dict[str, Written]) -> None:
@@ -260,6 +267,11 @@ def _check(job: CommitJob, nonce: str) -> None:
     for name, directory in (("directory", job.directory), ("image", job.image)):
         if not os.path.isabs(directory):
             raise CheckpointError(f"the {name} {directory!r} is not an absolute path")
+    check_files(job)
+
+
+def check_files(job: CommitJob) -> None:
+    """Raises CheckpointError for a checkpoint of nothing, and for names that lead out or are given twice."""
     paths = [check_path(path) for path in (*job.files, *job.documents)]
     if not paths:
         raise CheckpointError("a checkpoint without files is not a checkpoint: name at least one file")

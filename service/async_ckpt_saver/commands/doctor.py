@@ -21,15 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     values = effective(options, (ROOT, BIND))
 
-    from pathlib import Path
-
     import msgspec
 
     from ..examination import examine
+    from ..roots import Roots
 
     root = values["root"].value
+    roots = Roots.parse(root).all if root else []
     findings = []
-    for finding in examine(Path(root) if root else None, values["bind"].value):
+    for finding in examine(roots, values["bind"].value):
         findings.append(finding)
         if not options.json:
             print(f"{finding.verdict:<5} {finding.check:<13} {finding.found}", flush=True)

@@ -13,16 +13,16 @@ EXAMPLE = "async-ckpt-saver gc /data/runs/llama3 --keep-last 3 --keep-best eval_
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="a training directory; a saver may be at work in it")
+    parser.add_argument("directory", metavar="DIR|URL", help="a training directory; a saver may be at work in it")
     parser.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
     parser.add_argument("--json", action="store_true", help="a list of {name, bytes, kind, done, reason}")
     add_policy(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     import msgspec
+
+    from async_ckpt.core.location import location_of
 
     from ..collection import LEFT_ALONE, Removal, collect
 
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
                 "would go" if options.dry_run else "could not be removed")  # fmt: skip
             print(f"{removal.kind:<11} {removal.name}  {size(removal.bytes)}  {went}", flush=True)
 
-    removals = collect(Path(options.directory), policy_of(options), dry_run=options.dry_run, progress=tell)
+    removals = collect(location_of(options.directory), policy_of(options), dry_run=options.dry_run, progress=tell)
     gone = [each for each in removals if each.done or (options.dry_run and not each.reason)]
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(removals), indent=2).decode())

@@ -13,20 +13,20 @@ EXAMPLE = "async-ckpt-saver ls /data/runs/llama3 --keep-last 3"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="the directory that attach was given")
+    parser.add_argument("directory", metavar="DIR|URL", help="the directory that attach was given")
     parser.add_argument("--json", action="store_true", help="a list of checkpoints, ages in seconds, sizes in bytes")
     add_policy(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     import msgspec
+
+    from async_ckpt.core.location import location_of
 
     from ..inspection import listing
     from ..status import wall_clock_s
 
-    found = listing(Path(options.directory), policy_of(options), wall_clock_s())
+    found = listing(location_of(options.directory), policy_of(options), wall_clock_s())
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
         return exit_codes.OK

@@ -17,6 +17,7 @@ def add_settings(parser: argparse.ArgumentParser, groups: dict[str, tuple[Settin
             given = "required" if setting.default is None else f"default: {_shown(setting.default)}"
             group.add_argument(
                 setting.flag,
+                action="append" if setting.repeatable else "store",
                 metavar=setting.metavar,
                 help=f"{setting.help} ({given}; {setting.variable})",
             )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.location import Location, location_of
 
 
-def checkpoint_directories(given: str) -> list[Path]:
+def checkpoint_directories(given: str) -> list[Location]:
     """`given` itself if it is a checkpoint, else every directory in it that bears a checkpoint's name, also one whose
     manifest is damaged. Raises CheckpointError if there is none."""
     from async_ckpt.core.manifest import MANIFEST_NAME, parse_step
 
-    path = Path(given)
+    path = location_of(given)
     if (path / MANIFEST_NAME).exists() or (parse_step(path.name) is not None and path.is_dir()):
         return [path]
     if not path.is_dir():
@@ -24,11 +23,11 @@ def checkpoint_directories(given: str) -> list[Path]:
     return [each for _, each in found]
 
 
-def one_checkpoint(given: str) -> Path:
+def one_checkpoint(given: str) -> Location:
     """A checkpoint, or the newest of a training directory. Raises CheckpointError."""
     from async_ckpt.core.manifest import MANIFEST_NAME, latest
 
-    path = Path(given)
+    path = location_of(given)
     if (path / MANIFEST_NAME).exists():
         return path
     newest = latest(path)

@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     from async_ckpt.core.transport import EndpointInUse
 
     from ..http_listener import parse_address
+    from ..roots import Roots
     from ..server import Config, Server
 
     logging.basicConfig(
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     keep_image_s = values["keep_image_s"].value
     config = Config(
         bind=values["bind"].value,
-        root=Path(values["root"].value),
+        roots=Roots.parse(values["root"].value),
         embedded=options.embedded,
         curve_secret=_path(values["curve_secret"].value),
         curve_allow=_path(values["curve_allow"].value),

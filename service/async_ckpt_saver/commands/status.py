@@ -27,7 +27,10 @@ _RANKS_SHOWN = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "directory", nargs="?", metavar="DIR", help="a training directory: asks the saver that attach started for it"
+        "directory",
+        nargs="?",
+        metavar="DIR|URL",
+        help="a training directory: asks the saver that attach started",
     )
     add_file(parser)
     add_settings(parser, {"which saver, without DIR": (BIND,)})
@@ -77,11 +80,11 @@ def describe_ranks(ranks: Sequence[RankStatus]) -> str:
 
 def _endpoint(options: argparse.Namespace) -> str:
     if options.directory is not None:
-        from pathlib import Path
-
         from async_ckpt.core.endpoints import embedded_endpoint
+        from async_ckpt.core.location import Url, location_of
 
-        return embedded_endpoint(Path(options.directory).expanduser().resolve())
+        directory = location_of(options.directory)
+        return embedded_endpoint(directory if isinstance(directory, Url) else directory.expanduser().resolve())
     endpoint = effective(options, (BIND,))["bind"].value or os.environ.get("ASYNC_CKPT_SAVER")
     if not endpoint:
         raise SettingsError("which saver? give a training directory, --bind ENDPOINT, or ASYNC_CKPT_BIND")

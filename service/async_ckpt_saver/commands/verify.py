@@ -14,7 +14,10 @@ EXAMPLE = "async-ckpt-saver verify /data/runs/llama3"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "paths", nargs="+", metavar="DIR|CKPT", help="a training directory (all its checkpoints), or one checkpoint"
+        "paths",
+        nargs="+",
+        metavar="DIR|CKPT",
+        help="a training directory or its URL (all its checkpoints), or one checkpoint",
     )
     parser.add_argument("--json", action="store_true", help="a list of reports, with every damaged byte range")
 

@@ -1,0 +1,115 @@
+"""What an object store's error means, and what to do about it. The answers of S3, GCS, Azure and their likes."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+from .errors import CheckpointError
+
+_XML = re.compile(r"<Code>([^<]*)</Code>(?:.*?<Message>([^<]*)</Message>)?", re.DOTALL)
+_STATUS = re.compile(r"non-2xx status code: (\d{3})")
+_SHOWN_CHARS = 300
+
+
+class ObjectError(CheckpointError):
+    """`passing`: the same request may succeed later. `errno` where a filesystem would have said the same, else None."""
+
+    def __init__(self, text: str, *, passing: bool = False, code: int | None = None) -> None:
+        super().__init__(text)
+        self.passing = passing
+        self.errno = code
+
+    def given_up(self, tries: int, timeout_s: float) -> ObjectError:
+        return ObjectError(f"{self} ({tries} attempts within {timeout_s:g} s)", code=self.errno)
+
+
+def diagnose(what: str, error: Exception) -> ObjectError | None:
+    """Why `what` failed ("writing s3://b/k"), for an error that obstore raised. None for what is no error of a store:
+    that there is no such object, or a programming error."""
+    text = str(error)
+    kind = type(error).__name__
+    for pattern, meaning, code in _PERMANENT:
+        if pattern.search(text):
+            return ObjectError(f"{what}: {meaning} ({_short(text)})", code=code)
+    if isinstance(error, FileNotFoundError):
+        return None
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or isinstance(error, PermissionError):
+        return ObjectError(f"{what}: {_DENIED} ({_short(text)})", code=errno.EACCES)
+    if type(error).__module__.split(".")[0] != "obstore" and not isinstance(error, OSError):
+        return None
+    status = _STATUS.search(text)
+    number = int(status[1]) if status is not None else 0
+    if _THROTTLED.search(text) or number in (429, 503):
+        return ObjectError(f"{what}: the store asks for fewer requests ({_short(text)})", passing=True)
+    if status is not None and number < 500 and number != 408:
+        return ObjectError(f"{what}: refused ({_short(text)})", code=errno.EIO)
+    if kind in ("NotSupportedError", "InvalidPathError", "UnknownConfigurationKeyError"):
+        return ObjectError(f"{what}: {_short(text)}", code=errno.EINVAL)
+    meaning = "the store has failed" if status is not None else "the store cannot be reached"
+    return ObjectError(f"{what}: {meaning} ({_short(text)})", passing=True, code=errno.EIO)
+
+
+_CREDENTIALS = (
+    "the credentials are not accepted: see AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+    "(GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY) in the environment of this process; a daemon has its "
+    "own"
+)
+_MISSING = (
+    "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (GOOGLE_APPLICATION_CREDENTIALS, "
+    "AZURE_STORAGE_ACCOUNT_KEY), or give this machine a role"
+)
+_DENIED = (
+    "these credentials may not do that: they need to list, read, write and delete below the prefix, and to list and "
+    "abort multipart uploads of the bucket"
+)
+_THROTTLED = re.compile(
+    r"SlowDown|TooManyRequests|RequestLimitExceeded|ServerBusy|rateLimitExceeded|Please reduce your"
+)
+_PERMANENT: tuple[tuple[re.Pattern[str], str, int | None], ...] = (
+    (
+        re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist"),
+        "there is no such bucket: create it, or see AWS_REGION and AWS_ENDPOINT_URL",
+        errno.ENOENT,
+    ),
+    (
+        re.compile(r"RequestTimeTooSkewed|RequestExpired|difference between the request time"),
+        "this host's clock differs from the store's by more than 15 minutes: set it (`chronyc makestep`)",
+        errno.EINVAL,
+    ),
+    (
+        re.compile(r"ExpiredToken|TokenRefreshRequired|token included in the request is expired"),
+        "the session token has expired: give new credentials and start the saver again, or give the machine a role",
+        errno.EACCES,
+    ),
+    (
+        re.compile(r"InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|AuthenticationFailed|InvalidAuthentication"),
+        _CREDENTIALS,
+        errno.EACCES,
+    ),
+    (
+        re.compile(r"169\.254\.169\.254|metadata\.google\.internal|169\.254\.170\.2|Failed to get credentials"),
+        _MISSING,
+        errno.EACCES,
+    ),
+    (
+        re.compile(r"BadScheme|URL scheme is not allowed"),
+        "the endpoint is plain http: use https, or set AWS_ALLOW_HTTP=true (AZURE_ALLOW_HTTP, GOOGLE_ALLOW_HTTP)",
+        errno.EINVAL,
+    ),
+    (
+        re.compile(r"InsufficientStorage|StorageFull|QuotaExceeded|status code: 507|[Nn]o (?:writable|free) volumes"),
+        "the store is full: free some space there, or keep fewer checkpoints (keep_last=)",
+        errno.ENOSPC,
+    ),
+)
+
+
+def _short(text: str) -> str:
+    """What the server said, or the first line of what the client says; obstore adds pages for its developers."""
+    said = _XML.search(text)
+    if said is not None:
+        status = _STATUS.search(text)
+        words = [f"HTTP {status[1]}" if status is not None else "", said[1], said[2] or ""]
+        return " ".join(word for word in words if word)[:_SHOWN_CHARS]
+    return text.partition("\n")[0][:_SHOWN_CHARS]
