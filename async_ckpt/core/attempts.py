@@ -20,10 +20,11 @@ _FIRST_S, _LONGEST_S = 0.1, 5.0
 class Attempts:
     """All tries of one undertaking together end `timeout_s` from now. Only what may pass by itself is tried again:
     throttling, a cut connection, an error of the server; after waits that double, up to 5 s, and are drawn at random,
-    so that many savers do not come back at once."""
+    so that many savers do not come back at once. `retries` counts them."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
+        self.retries = 0
         self._deadline_s = time.monotonic() + timeout_s
         self._stopped = threading.Event()
 
@@ -52,5 +53,6 @@ class Attempts:
                 if pause_s >= self.left_s:
                     raise problem.given_up(tries, self.timeout_s) from error
                 log.warning("%s; trying again in %.1f s (attempt %d)", problem, pause_s, tries)
+            self.retries += 1
             self._stopped.wait(pause_s)
             wait_s = min(_LONGEST_S, 2 * wait_s)

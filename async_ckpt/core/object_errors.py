@@ -105,6 +105,17 @@ _PERMANENT: tuple[tuple[re.Pattern[str], str, int | None], ...] = (
 )
 
 
+_CAUSES = (
+    (re.compile(r"[Cc]onnection ?refused"), "connection refused"),
+    (re.compile(r"dns error|failed to lookup address"), "the name of its host is not known"),
+    (re.compile(r"TimedOut|timed out|deadline has elapsed"), "no answer in time"),
+    (re.compile(r"[Cc]onnection ?reset|IncompleteMessage|connection closed|[Bb]roken ?pipe|UnexpectedEof"),
+     "the connection was cut"),
+)  # fmt: skip
+# Which address was asked how often is said already, or is the client's affair.
+_REQUEST = re.compile(r"Error performing \w+ \S+ in \S+(?:, after .*?)?\s+- ")
+
+
 def _short(text: str) -> str:
     """What the server said, or the first line of what the client says; obstore adds pages for its developers."""
     said = _XML.search(text)
@@ -112,4 +123,8 @@ def _short(text: str) -> str:
         status = _STATUS.search(text)
         words = [f"HTTP {status[1]}" if status is not None else "", said[1], said[2] or ""]
         return " ".join(word for word in words if word)[:_SHOWN_CHARS]
-    return text.partition("\n")[0][:_SHOWN_CHARS]
+    for pattern, meaning in _CAUSES:
+        if pattern.search(text):
+            return meaning
+    first = text.partition("\n")[0]
+    return _REQUEST.sub("", first).strip()[:_SHOWN_CHARS]

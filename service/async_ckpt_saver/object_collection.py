@@ -103,8 +103,7 @@ def clear_step(objects: Objects, url: Url, step: int, there: Mapping[str, Object
     if MANIFEST_NAME in there:
         objects.remove([f"{folder}/{MANIFEST_NAME}"])
     objects.remove([f"{folder}/{path}" for path in there if path != MANIFEST_NAME])
-    for upload in unfinished_uploads(objects, url / checkpoint_name(step)):
-        abort(objects, upload)
+    abort_uploads(objects, url / checkpoint_name(step))
 
 
 def remove_step(objects: Objects, url: Url, step: int, attempts: Attempts) -> None:
@@ -135,6 +134,12 @@ def unfinished_uploads(objects: Objects, url: Url) -> list[Upload]:
         if markers is None:
             return found
         query = {**query, "key-marker": markers[0], "upload-id-marker": markers[1]}
+
+
+def abort_uploads(objects: Objects, url: Url) -> None:
+    """All below `url`."""
+    for upload in unfinished_uploads(objects, url):
+        abort(objects, upload)
 
 
 def abort(objects: Objects, upload: Upload) -> None:

@@ -20,7 +20,7 @@ from async_ckpt.core.retention_policy import Policy
 
 from .datafile import Written
 from .multipart import upload_bytes, upload_image_file
-from .object_collection import clear_step, collect_leftovers, remove_step
+from .object_collection import abort_uploads, clear_step, collect_leftovers, remove_step
 from .reservation import Held, Reservations
 from .retention import expired
 from .storage import Committed
@@ -28,7 +28,8 @@ from .writer import AlreadyCommittedError, CommitError, CommitJob, CommitResult,
 
 log = logging.getLogger(__name__)
 
-_TIDY_S = 30.0  # for what is done after a failure, and before anybody waits for it
+_SWEEP_S = 30.0
+_TIDY_S = 5.0  # after a failure, of which ranks wait to hear; what fails for long cannot be tidied either
 _PREPARE_S = 60.0
 
 
@@ -46,7 +47,7 @@ class ObjectStorage:
         return lambda: None  # a prefix is nothing that could be made
 
     def sweep(self) -> None:
-        self._sweep(Attempts(_TIDY_S))
+        self._sweep(Attempts(_SWEEP_S))
 
     def _sweep(self, attempts: Attempts) -> None:
         objects = Objects(self._url, attempts)
@@ -135,7 +136,7 @@ class _Commit:
         if there and held.fresh:
             self._release(held)
             raise self._taken(f"{self._folder} holds objects of another program ({', '.join(sorted(there)[:3])})")
-        if there:
+        if not held.fresh:  # objects of one who has given up, or parts of an upload alone
             clear_step(self._objects, self._url, self._job.step, there)
         return None
 
@@ -155,6 +156,8 @@ class _Commit:
         return written
 
     def _publish(self, written: dict[str, Written], held: Held) -> None:
+        if self._attempts.retries:  # an upload that was given up may not have been aborted
+            abort_uploads(self._objects, self._folder)
         there = self._objects.walk(self._folder.key)
         for path, file in written.items():
             if there.get(path) is None or there[path].bytes != file.entry.bytes:

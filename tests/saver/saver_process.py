@@ -76,7 +76,9 @@ def register(directory: Path, *, job: str = "job", **changes: Any) -> Register:
 class SaverProcess:
     """`async-ckpt-saver run` on `endpoint`; killed, if need be, at the end of the block."""
 
-    def __init__(self, endpoint: str, root: Path, log: Path, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, endpoint: str, root: Path | str, log: Path, *options: str, env: dict[str, str] | None = None
+    ) -> None:
         self.endpoint, self.log = endpoint, log
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "service")]), **(env or {})}
         command = [sys.executable, "-m", "async_ckpt_saver", "run", "--bind", endpoint, "--root", str(root), *options]

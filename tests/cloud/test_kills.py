@@ -1,0 +1,157 @@
+"""SIGKILL of the saver in mid-upload, and of the whole store: nothing half can be seen, nothing stays for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from async_ckpt.core.claims import pack_claims
+from async_ckpt.core.layout import TensorSpec, plan_file
+from async_ckpt.core.location import Url
+from async_ckpt.core.manifest import committed, latest
+from async_ckpt.core.objects import Objects
+from async_ckpt.core.protocol import Ack, Bye, Claim, Granted, ImageFile, Layout, Options, Settled, Staged
+from async_ckpt.core.region import Region
+from async_ckpt.core.retention_policy import Policy
+from async_ckpt.core.slots import SlotPaths, read_journals, remove_run
+from async_ckpt_saver.object_collection import collect_objects, unfinished_uploads
+from async_ckpt_saver.object_storage import ObjectStorage
+from tests.cloud.proxy import Proxy
+from tests.cloud.test_object_storage import put
+from tests.cloud.weed import Weed
+from tests.saver.committing import make_image
+from tests.saver.saver_process import Peer, SaverProcess
+from tests.saver.test_hub import stage
+
+_FILE = plan_file("adapter_model.safetensors", [TensorSpec("w", "F32", (6 << 20,))])  # 24 MiB: four parts
+_LAYOUT = Layout((ImageFile(_FILE.path, _FILE.header, _FILE.total_bytes),), {"README.md": b"read me"})
+
+
+def start(peer: Peer, url: Url) -> Granted:
+    claims = pack_claims([_FILE], [Claim(0, 0, Region(False, (0,), (6 << 20,)))])[0]
+    options = Options(str(url), 1, 2, Policy(), 60.0)
+    return peer.start(Path("/unused"), options=options, layout=_LAYOUT, claims=claims)
+
+
+def fill(granted: Granted, step: int) -> bytes:
+    """Stage `step` in slot 0; what its adapter is then."""
+    path = SlotPaths(Path(granted.run), 0).image / _FILE.path
+    with path.open("r+b") as file:
+        file.seek(len(_FILE.header))
+        file.write(os.urandom(_FILE.total_bytes - len(_FILE.header)))
+    stage(granted, 0, 0, step)
+    return path.read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def _private(folder: Path) -> None:
+    folder.chmod(0o700)  # savers listen in it
+
+
+@pytest.fixture
+def endpoint(folder: Path) -> Iterator[str]:
+    name = f"ipc://{folder}/s"
+    yield name
+    left = list(read_journals(name))
+    for run, _ in left:
+        remove_run(run)
+    assert left == []
+
+
+def test_a_saver_killed_in_mid_upload_loses_nothing(
+    proxied: tuple[Url, Proxy], objects: Objects, weed: Weed, endpoint: str, folder: Path
+) -> None:
+    url, proxy = proxied
+    log = folder / "log"
+    with Peer(endpoint) as peer:
+        first = SaverProcess(endpoint, url.parent, log, env=weed.environment(proxy.endpoint)).up()
+        granted = start(peer, url)
+        data = fill(granted, 5)
+        proxy.stop_after(12 << 20)  # within the second part or the third
+        peer.say(Staged(seq=1, slot=0, step=5, copy_s=0.1))
+        assert proxy.stopped.wait(30)
+        first.kill()
+        proxy.say("pass")
+        assert latest(str(url)) is None
+        assert committed(str(url)) == []
+        assert objects.walk(url.key).keys() == {".async-ckpt/checkpoint-5"}
+        assert len(unfinished_uploads(objects, url)) == 1
+        with SaverProcess(endpoint, url.parent, log, env=weed.environment(proxy.endpoint)):
+            settled = peer.hear(Settled)
+            assert (settled.step, settled.outcome, settled.path) == (5, "committed", f"{url}/checkpoint-5")
+            peer.say(Bye(seq=2))
+            peer.hear(Ack)
+        assert objects.read((url / "checkpoint-5" / _FILE.path).key) == data
+        assert {path.partition("/")[0] for path in objects.walk(url.key)} == {"checkpoint-5"}
+        assert unfinished_uploads(objects, url) == []
+
+
+def killed_in_mid_upload(url: Url, proxy: Proxy, weed: Weed, folder: Path) -> None:
+    """A saver that never comes back, as if its host were lost: nobody has its slots."""
+    endpoint = f"ipc://{folder}/lost"
+    with Peer(endpoint) as peer:
+        saver = SaverProcess(endpoint, url.parent, folder / "lost.log", env=weed.environment(proxy.endpoint)).up()
+        granted = start(peer, url)
+        fill(granted, 5)
+        proxy.stop_after(12 << 20)
+        peer.say(Staged(seq=1, slot=0, step=5, copy_s=0.1))
+        assert proxy.stopped.wait(30)
+        saver.kill()
+        proxy.say("pass")
+    remove_run(Path(granted.run))
+
+
+def test_what_a_lost_host_had_uploaded_is_collected(
+    proxied: tuple[Url, Proxy], objects: Objects, weed: Weed, folder: Path
+) -> None:
+    """Here the store cannot be asked whether the saver is dead, but /proc can."""
+    url, proxy = proxied
+    killed_in_mid_upload(url, proxy, weed, folder)
+    assert len(unfinished_uploads(objects, url)) == 1
+    rehearsal = collect_objects(url, Policy(), dry_run=True)
+    assert [(each.kind, each.done, each.reason.partition(",")[0]) for each in rehearsal] == [
+        ("leftover", False, "half a commit"), ("leftover", False, "never completed")]  # fmt: skip
+    done = collect_objects(url, Policy(), dry_run=False)
+    assert len(done) >= 1
+    assert all(each.done for each in done)
+    assert objects.walk(url.key) == {}
+    assert unfinished_uploads(objects, url) == []
+
+
+def test_a_new_job_saves_the_step_that_a_lost_host_was_uploading(
+    proxied: tuple[Url, Proxy], objects: Objects, weed: Weed, folder: Path
+) -> None:
+    url, proxy = proxied
+    killed_in_mid_upload(url, proxy, weed, folder)
+    image = make_image(folder / "image")
+    assert put(url, 5, image, run="another") == f"{url}/checkpoint-5"
+    assert [each.step for each in ObjectStorage(url).committed_by("another")] == [5]
+    assert {path.partition("/")[0] for path in objects.walk(url.key)} == {"checkpoint-5"}
+    assert unfinished_uploads(objects, url) == []
+
+
+def test_the_store_is_killed_and_comes_back(proxied: tuple[Url, Proxy], weed: Weed, folder: Path) -> None:
+    """In mid-upload, with a real SIGKILL of the whole server: the commit waits for it and ends well."""
+    url, proxy = proxied
+    image = make_image(folder / "image", adapter_bytes=24 << 20)
+    proxy.stop_after(12 << 20)
+    outcome: list[object] = []
+    thread = threading.Thread(target=lambda: outcome.append(put(url, 1, image)))
+    thread.start()
+    assert proxy.stopped.wait(30)
+    os.killpg(weed.process.pid, signal.SIGKILL)
+    weed.process.wait()
+    proxy.say("pass")
+    proxy.reached.clear()
+    assert proxy.reached.wait(30)  # it tries, and there is nobody
+    weed.start()
+    thread.join(60)
+    assert outcome == [f"{url}/checkpoint-1"]
+    data = Objects(url).read((url / "checkpoint-1/adapter_model.safetensors").key)
+    assert data == (image / "adapter_model.safetensors").read_bytes()
+    assert unfinished_uploads(Objects(url), url) == []
