@@ -35,8 +35,8 @@ class Fetched:
         self.mapped = mmap.mmap(-1, about.bytes, flags=flags)
         self.fetched_bytes = 0
         self._fetch([(0, min(_FIRST_BYTES, about.bytes))])
-        self._header_bytes = min(header_bytes(self.mapped[:8]), about.bytes)
-        self._fetch([(_FIRST_BYTES, self._header_bytes)])
+        self.header_bytes = min(header_bytes(self.mapped[:8]), about.bytes)
+        self._fetch([(_FIRST_BYTES, self.header_bytes)])
 
     @contextlib.contextmanager
     def holding(self, ranges: Sequence[tuple[int, int]]) -> Iterator[None]:
@@ -44,7 +44,7 @@ class Fetched:
         self._fetch(ranges)
         yield
         page = mmap.PAGESIZE
-        kept = -(-self._header_bytes // page) * page
+        kept = -(-self.header_bytes // page) * page
         for start, stop in ranges:
             first, last = max(kept, start // page * page), min(len(self.mapped), -(-stop // page) * page)
             if first < last:

@@ -49,11 +49,11 @@ class OpenFile:
     """
 
     def __init__(self, path: Location) -> None:
-        self._fetched: Fetched | None = None
+        self.fetched: Fetched | None = None
         try:
             if isinstance(path, Url):
-                self._fetched = Fetched(path)
-                mapped = self._fetched.mapped
+                self.fetched = Fetched(path)
+                mapped = self.fetched.mapped
             else:
                 with path.open("rb") as file:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -90,7 +90,7 @@ class OpenFile:
                 destinations.append(shard.local())
         if not destinations:
             return
-        if self._fetched is None:
+        if self.fetched is None:
             populate(self._mapped, self._image.data_ptr(), sources, POPULATE_READ)
             with torch.no_grad():
                 torch._foreach_copy_(destinations, sources)
@@ -98,14 +98,14 @@ class OpenFile:
         base = self._image.data_ptr()
         spans = [runs_of(source, base) for source in sources]
         for batch in batches(spans):
-            with self._fetched.holding([run for index in batch for run in spans[index]]), torch.no_grad():
+            with self.fetched.holding([run for index in batch for run in spans[index]]), torch.no_grad():
                 torch._foreach_copy_([destinations[index] for index in batch], [sources[index] for index in batch])
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A whole tensor, copied."""
         extent = self.extents[name]
-        if self._fetched is not None:
-            with self._fetched.holding([(extent.start, extent.stop)]):
+        if self.fetched is not None:
+            with self.fetched.holding([(extent.start, extent.stop)]):
                 return image_view(self._image, extent, dtype, Region.whole(extent.spec.shape)).clone()
         return image_view(self._image, extent, dtype, Region.whole(extent.spec.shape)).clone()
 

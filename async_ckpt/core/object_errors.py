@@ -88,7 +88,7 @@ _PERMANENT: tuple[tuple[re.Pattern[str], str, int | None], ...] = (
         errno.EACCES,
     ),
     (
-        re.compile(r"169\.254\.169\.254|metadata\.google\.internal|169\.254\.170\.2|Failed to get credentials"),
+        re.compile(r"169\.254\.1|metadata\.google\.internal|latest/api/token|latest/meta-data|Failed to get cred"),
         _MISSING,
         errno.EACCES,
     ),

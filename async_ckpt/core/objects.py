@@ -69,7 +69,7 @@ class Objects:
 
     def read_range(self, key: str, start: int, stop: int) -> memoryview:
         """Bytes [start, stop); fewer if the object ends before."""
-        if start == stop:
+        if start >= stop:
             return memoryview(b"")
         return self._run(
             "reading", key, lambda: memoryview(self._obstore.get_range(self.store, key, start=start, end=stop))
@@ -199,7 +199,7 @@ def _requests(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Neighbours together, and nothing larger than _READ_BYTES."""
     merged: list[list[int]] = []
     for start, stop in sorted(ranges):
-        if start == stop:
+        if start >= stop:
             continue
         if merged and start - merged[-1][1] <= GAP_BYTES:
             merged[-1][1] = max(merged[-1][1], stop)

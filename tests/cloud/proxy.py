@@ -9,19 +9,21 @@ import threading
 from types import TracebackType
 from typing import Literal
 
-_BUSY = (
-    b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>SlowDown</Code>'
-    b"<Message>Please reduce your request rate.</Message></Error>"
-)
-
-Mode = Literal["pass", "busy", "cut"]
+Mode = Literal["pass", "cut", "busy", "full", "skewed"]
+# What other stores than ours say, word for word.
+_ANSWERS: dict[Mode, tuple[str, str, str]] = {
+    "busy": ("503 Service Unavailable", "SlowDown", "Please reduce your request rate."),
+    "full": ("507 Insufficient Storage", "XMinioStorageFull", "Storage backend has reached its minimum free drive"),
+    "skewed": ("403 Forbidden", "RequestTimeTooSkewed",
+               "The difference between the request time and the current time is too large."),
+}  # fmt: skip
 
 
 class Proxy:
     """`mode` is for connections that are made from now on; `say` also ends those that are open.
 
     `stop_after(n)`: when n bytes have gone to the store since, nothing goes any further and `stopped` is set, until
-    `say`. `cut_after(n)`: all connections are cut then, once. `busy`, `cuts` count.
+    `say`. `cut_after(n)`: all connections are cut then, once. `answers` and `cuts` count.
     """
 
     def __init__(self, port: int) -> None:
@@ -29,7 +31,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.mode: Mode = "pass"
-        self.busy = self.cuts = self.sent_bytes = 0
+        self.answers = self.cuts = self.sent_bytes = 0
         self.stopped = threading.Event()
         self.reached = threading.Event()
         self._limit: tuple[Literal["stop", "cut"], int] | None = None
@@ -85,23 +87,24 @@ class Proxy:
         with client:
             self._open.add(client)
             with contextlib.suppress(OSError):
-                if mode == "busy":
-                    self._answer_busy(client)
+                if mode in _ANSWERS:
+                    self._answer(client, *_ANSWERS[mode])
                 else:
                     self._forward(client)
             self._open.discard(client)
 
-    def _answer_busy(self, client: socket.socket) -> None:
+    def _answer(self, client: socket.socket, status: str, code: str, message: str) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
             data = client.recv(65536)
             if not data:
                 return
             head += data
-        self.busy += 1
-        lines = [b"HTTP/1.1 503 Service Unavailable", b"Content-Type: application/xml", b"Connection: close",
-                 b"Content-Length: %d" % len(_BUSY), b"", _BUSY]  # fmt: skip
-        client.sendall(b"\r\n".join(lines))
+        self.answers += 1
+        body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+        lines = [f"HTTP/1.1 {status}", "Content-Type: application/xml", "Connection: close",
+                 f"Content-Length: {len(body)}", "", body]  # fmt: skip
+        client.sendall("\r\n".join(lines).encode())
 
     def _forward(self, client: socket.socket) -> None:
         with socket.create_connection(("127.0.0.1", self._port)) as server:
