@@ -1,0 +1,200 @@
+"""The words between a relay and the lead: msgpack structs over DEALER-ROUTER pairs, one pair a lane.
+
+Lane 0 is for words, the others for pieces, so that a slow transfer holds up no word. Words with a `seq` are said in
+order and repeated until they are heard (`lane.py`); the others say it again by themselves. A piece is two frames: its
+word, then its bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from async_ckpt.core.limits import (
+    MAX_CLAIMS,
+    MAX_FILES,
+    MAX_MESSAGE_BYTES,
+    MAX_NAME_CHARS,
+    MAX_RECORD_BYTES,
+    MAX_SEQUENCE,
+    MAX_SLOTS,
+    MAX_STEP,
+    MAX_WORLD,
+)
+from async_ckpt.core.protocol import Layout, Options
+
+LINK_PROTOCOL = 1
+MAX_LANES = 17
+MAX_PIECES = 1 << 40
+MAX_SPANS = MAX_CLAIMS + MAX_FILES
+
+Seq = Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQUENCE)]
+_Slot = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
+_Step = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+_Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
+_Identity = Annotated[bytes, msgspec.Meta(min_length=1, max_length=255)]
+_Payload = Annotated[bytes, msgspec.Meta(max_length=MAX_MESSAGE_BYTES)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _Word(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    pass
+
+
+class _Said(_Word, frozen=True, kw_only=True):
+    """`seq`: its number on its lane and in its direction, from 1; 0 as long as it has none."""
+
+    seq: Seq = 0
+
+
+class Hello(_Word, frozen=True):
+    """First word on each lane of a session, until `Welcome`. `host` is what `slots.shm_identity` says there, `name` is
+    for people. `session` is random: a relay that starts anew has another one."""
+
+    protocol: int
+    session: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    lane: Annotated[int, msgspec.Meta(ge=0, lt=MAX_LANES)]
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    name: Annotated[str, msgspec.Meta(max_length=256)]
+
+
+class Beat(_Word, frozen=True):
+    """Once a second, and whenever words have been heard. On a connection that keeps the order, who hears `sent` has
+    heard every word up to it, or never will."""
+
+    sent: Seq
+    received: Seq
+
+
+class Missing(_Word, frozen=True):
+    """Words after `received` did not arrive: say them again."""
+
+    received: Seq
+
+
+class Say(_Said, frozen=True):
+    """`payload`: what the rank `identity` says, as in `protocol`."""
+
+    identity: _Identity
+    payload: _Payload
+
+
+class Offer(_Said, frozen=True):
+    """Rank `identity` has staged `step` in `slot`. `record` is its `SaveRecord` if it wrote one. Answered by `Wanted`
+    or `Held`."""
+
+    identity: _Identity
+    slot: _Slot
+    step: _Step
+    copy_s: _Seconds
+    stall_s: _Seconds
+    record: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)] | None
+
+
+class Piece(_Said, frozen=True):
+    """Bytes of a wanted step: piece `number` of what the rank owns (`spans.Pieces`), with their xxh3-64."""
+
+    identity: _Identity
+    step: _Step
+    number: Annotated[int, msgspec.Meta(ge=0, lt=MAX_PIECES)]
+    xxh3: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Left(_Said, frozen=True):
+    """The process of rank `identity` is gone, and what it had staged has been handed over. Answered by a `Pong` that
+    does not know it."""
+
+    identity: _Identity
+
+
+FromRelay: TypeAlias = Hello | Beat | Missing | Say | Offer | Piece | Left
+
+
+class Welcome(_Word, frozen=True):
+    incarnation: _Name
+
+
+class Unwelcome(_Word, frozen=True):
+    """`Hello` cannot be answered otherwise, whenever it is said."""
+
+    reason: str
+
+
+class Stranger(_Word, frozen=True):
+    """No session is known on this lane: begin a new one."""
+
+
+class Tell(_Said, frozen=True):
+    """`payload`: what the lead says to rank `identity`, as in `protocol`."""
+
+    identity: _Identity
+    payload: _Payload
+
+
+class Opened(_Said, frozen=True):
+    """A run of which `Share`s follow."""
+
+    run: _Name
+    job: _Name
+    options: Options
+    layout: Layout
+    versions: Annotated[dict[_Name, _Name], msgspec.Meta(max_length=64)]
+
+
+class Share(_Said, frozen=True):
+    """In place of `Granted`: what of the run rank `identity` owns; `spans` as `spans.pack` makes them."""
+
+    identity: _Identity
+    run: _Name
+    rank: Annotated[int, msgspec.Meta(ge=0, lt=MAX_WORLD)]
+    owned: Annotated[list[int], msgspec.Meta(max_length=MAX_CLAIMS)]
+    replicated: Annotated[list[int], msgspec.Meta(max_length=MAX_CLAIMS)]
+    spans: _Payload
+
+
+class Wanted(_Said, frozen=True):
+    """The lead has taken up `step`: send every piece of it."""
+
+    identity: _Identity
+    step: _Step
+
+
+class Held(_Said, frozen=True):
+    """All of `step` is in the lead's journal, or its outcome is known: nothing more of it is needed."""
+
+    identity: _Identity
+    step: _Step
+
+
+FromLead: TypeAlias = Welcome | Unwelcome | Stranger | Beat | Missing | Tell | Opened | Share | Wanted | Held
+Said: TypeAlias = Say | Offer | Piece | Left | Tell | Opened | Share | Wanted | Held
+
+_encoder = msgspec.msgpack.Encoder()
+_from_relay = msgspec.msgpack.Decoder(FromRelay)
+_from_lead = msgspec.msgpack.Decoder(FromLead)
+
+
+def encode_word(word: FromRelay | FromLead) -> bytes:
+    return _encoder.encode(word)
+
+
+def decode_from_relay(data: bytes | memoryview) -> FromRelay:
+    """Raises msgspec.DecodeError on anything but a valid word of a relay."""
+    word: FromRelay = _decode(_from_relay, data)
+    return word
+
+
+def decode_from_lead(data: bytes | memoryview) -> FromLead:
+    """Raises msgspec.DecodeError on anything but a valid word of a lead."""
+    word: FromLead = _decode(_from_lead, data)
+    return word
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes | memoryview) -> Any:
+    try:
+        return decoder.decode(data)
+    except msgspec.DecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # msgspec lets some through as they are; ours say so themselves
+        raise msgspec.DecodeError(str(error)) from error
