@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from async_ckpt import mapped
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.images import create_slots
 from async_ckpt.core.layout import FileLayout, TensorSpec, plan_file
 from async_ckpt.core.protocol import ImageFile, Layout, Options, SaveRecord
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
-from async_ckpt.core.slots import Phase, RunRecord, create_slots, new_run_path, remove_run
+from async_ckpt.core.slots import Phase, RunRecord, new_run_path, remove_run
 from async_ckpt.mapped import Part, Slot, image_view
 from async_ckpt.sharding import find_shards
 from async_ckpt.staging import Copy, Staging

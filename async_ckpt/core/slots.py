@@ -5,6 +5,8 @@
         slot-0/                 the image: the files of the checkpoint to come, in their final layout
         slot-0.state            one cell a rank (`StateFile`)
         slot-0.record-0         rank 0's `SaveRecord` of the step that is in the slot; other ranks' if they have one
+        layout.msgpack, share-1  of a run on several hosts: the bytes that rank 1, on another host, owns
+    /dev/shm/async-ckpt-<uid>/links-<key>      how a saver listens for those of other hosts
 
 A rank writes only its own cell, and only in the order WRITING -> copy -> STAGED, so a slot whose cells all say STAGED
 with one step holds that step whole, whoever is still alive to say so.
@@ -15,7 +17,6 @@ unrelated process exits.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import errno
 import hashlib
@@ -34,18 +35,17 @@ import xxhash
 from .errors import CheckpointError
 from .limits import MAX_JOURNAL_BYTES, MAX_RECORD_BYTES
 from .private import private_directory, read_capped, write_private
-from .protocol import Layout, Options, Process, SaveRecord, Started, decode_stored
+from .protocol import Lead, Options, Process, SaveRecord, Started, decode_stored
 
 SHM = Path("/dev/shm")
 _CELL = struct.Struct("<QqdQ")  # phase, step, copy_s, xxh64 of the three
 _CELL_BYTES = 64  # a cache line a rank: neighbours do not slow each other down
 _HEADER = struct.Struct("<8sQq")  # magic, world, the step up to which all outcomes of this slot were told
 _MAGIC = b"ackptst1"
-_MORE_SPACE = (
+MORE_SPACE = (
     "Raise it: `docker run --shm-size=...`, in Kubernetes an emptyDir with medium: Memory on /dev/shm, elsewhere "
     "`mount -o remount,size=... /dev/shm`"
 )
-_RACES = 100  # tries against savers that end just now
 
 
 class Phase(enum.IntEnum):
@@ -74,7 +74,8 @@ class Peer(msgspec.Struct, frozen=True):
 class RunRecord(msgspec.Struct, frozen=True):
     """The journal of one run: enough for a new saver to commit what is staged and to go on with the living ranks.
 
-    `started` is what the ranks were told when all of them were ready; None until then.
+    `started` is what the ranks were told when all of them were ready; None until then. `peers` are the ranks whose
+    saver keeps this journal: of a run on several hosts the lead's has all, a relay's those of its host, and `lead`.
     """
 
     job: str
@@ -84,6 +85,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     launcher: Process | None
     versions: dict[str, str]
     started: Started | None = None
+    lead: Lead | None = None
 
 
 def shm_root() -> Path:
@@ -210,72 +212,6 @@ class SlotPaths:
             path.unlink(missing_ok=True)
 
 
-def create_slots(run: Path, record: RunRecord, layout: Layout) -> list[SlotPaths]:
-    """Reserve every byte of every slot now: a full /dev/shm is an error here, never a SIGBUS in a later copy.
-
-    Raises CheckpointError with the bytes needed and available. On any error nothing is left behind.
-    """
-    slots = [SlotPaths(run, index) for index in range(record.options.slots)]
-    _require_space(layout, len(slots))
-    try:
-        _make_run(run)
-        for slot in slots:
-            _create_image(slot.image, layout)
-            StateFile.create(slot.state, record.options.world)
-        write_journal(run, record)
-    except CheckpointError:
-        shutil.rmtree(run, ignore_errors=True)
-        raise
-    except OSError as error:
-        shutil.rmtree(run, ignore_errors=True)
-        advice = f". {_MORE_SPACE}; or attach with fewer slots" if error.errno == errno.ENOSPC else ""
-        raise CheckpointError(f"cannot prepare the slots in {run}: {error}{advice}") from error
-    return slots
-
-
-def _make_run(run: Path) -> None:
-    for _ in range(_RACES):
-        private_directory(run.parent)
-        with contextlib.suppress(FileNotFoundError):
-            run.mkdir(mode=0o700)
-            return
-    raise CheckpointError(f"{run} cannot be made: somebody removes {run.parent} again and again")
-
-
-def image_bytes(layout: Layout) -> int:
-    page = mmap.PAGESIZE
-    sizes = [file.total_bytes for file in layout.files] + [len(content) for content in layout.documents.values()]
-    return sum(-(-size // page) * page for size in sizes)
-
-
-def _require_space(layout: Layout, slots: int) -> None:
-    needed_bytes = slots * image_bytes(layout)
-    info = os.statvfs(SHM)
-    available_bytes = info.f_bavail * info.f_frsize
-    if needed_bytes > available_bytes:
-        raise CheckpointError(
-            f"/dev/shm has {available_bytes} bytes available, but {slots} slots of this model need {needed_bytes}. "
-            f"{_MORE_SPACE}; or attach with fewer slots"
-        )
-
-
-def _create_image(image: Path, layout: Layout) -> None:
-    image.mkdir(mode=0o700)
-    for file in layout.files:
-        path = image / file.path
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, file.total_bytes)
-            os.pwrite(fd, file.header, 0)
-        finally:
-            os.close(fd)
-    for name, content in layout.documents.items():
-        path = image / name
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_private(path, content)
-
-
 def write_journal(run: Path, record: RunRecord) -> None:
     """Raises CheckpointError if shared memory is full; then the journal is as it was."""
     _replace(run / "run.msgpack", msgspec.msgpack.encode(record))
@@ -292,7 +228,7 @@ def _replace(path: Path, content: bytes) -> None:
             info = os.statvfs(SHM)
             raise CheckpointError(
                 f"/dev/shm is full: {info.f_bavail * info.f_frsize} bytes available, {path} needs {len(content)}. "
-                f"Free some there, or raise its size. {_MORE_SPACE}"
+                f"Free some there, or raise its size. {MORE_SPACE}"
             ) from error
         if error.errno == errno.ENOENT:
             raise CheckpointError(
@@ -317,6 +253,11 @@ def read_journals(endpoint: str) -> Iterator[tuple[Path, RunRecord]]:
             yield run, decode_stored(read_capped(run / "run.msgpack", MAX_JOURNAL_BYTES), RunRecord)
         except (OSError, msgspec.DecodeError):
             remove_run(run)
+
+
+def links_path(endpoint: str) -> Path:
+    """Where a saver of `endpoint` notes how it listens for savers of other hosts, with its keys."""
+    return shm_root() / f"links-{_endpoint_key(endpoint)}"
 
 
 def _endpoint_key(endpoint: str) -> str:

@@ -23,6 +23,7 @@ from async_ckpt.core.slots import Peer, RunRecord
 from .coverage import Ownership
 from .image import RunImage
 from .live import LiveRun
+from .opening import record_of, remote_shares
 from .refusals import Refusals
 from .registration import Complete, Grant, Refusal, Registration, Verdict, Want
 from .services import Services
@@ -36,7 +37,7 @@ _CONFLICT_S = 15.0  # how long a new job waits for the processes of the one befo
 
 class Desk:
     def __init__(self, directory: str, services: Services, watch: ProcessWatch) -> None:
-        self.directory = directory
+        self.key = self.directory = directory
         self._services = services
         self._watch = watch
         self._registration: Registration | None = None
@@ -61,14 +62,14 @@ class Desk:
     # --- from the hub ----------------------------------------------------------------------------------------------
 
     def register(self, identity: bytes, message: Register) -> None:
-        run = self._run_of(identity)
+        run = self.run_of(identity)
         if run is not None:
             if message.rank == run.ranks[identity]:
                 run.grant(message.rank)
             else:
                 self._services.reject(identity, "unexpected", f"rank {run.ranks[identity]} says it is {message.rank}")
             return
-        reason = self._refused.tell(message.job, message.process.start_ticks)
+        reason = self._refused.tell(message.job, message.process)
         if reason is not None:
             self._services.send(identity, Refused(reason=reason))
             return
@@ -89,7 +90,7 @@ class Desk:
 
     def withdraw(self, identity: bytes, job: str, world: int, reason: str) -> None:
         """A rank that cannot take part says so before, or instead of, being ready."""
-        run = self._run_of(identity)
+        run = self.run_of(identity)
         if run is not None:
             if not run.started:
                 self._abandon(run, reason)
@@ -100,7 +101,7 @@ class Desk:
         self._services.send(identity, Refused(reason=self._refused.tell(job) or reason))
 
     def receive(self, identity: bytes, message: FromRank) -> None:
-        run = self._run_of(identity)
+        run = self.run_of(identity)
         if run is not None:
             run.receive(run.ranks[identity], message)
         elif isinstance(message, Ping):
@@ -114,10 +115,10 @@ class Desk:
 
     def knows(self, identity: bytes) -> bool:
         registering = self._registration is not None and self._registration.rank_of(identity) is not None
-        return registering or self._run_of(identity) is not None
+        return registering or self.run_of(identity) is not None
 
     def process_gone(self, identity: bytes) -> None:
-        run = self._run_of(identity)
+        run = self.run_of(identity)
         if run is not None:
             rank = run.ranks[identity]
             if run.started:
@@ -137,6 +138,9 @@ class Desk:
     def adopt(self, image: RunImage) -> None:
         """Go on with a run that an earlier saver left in shared memory: its dead ranks are noticed like any other's."""
         self._install(image, None).recover()
+
+    def close(self) -> None:
+        """All that is held lies in shared memory."""
 
     def status(self) -> list[RunStatus]:
         kept = [self._kept.status("kept")] if self._kept is not None else []
@@ -163,7 +167,7 @@ class Desk:
 
     # --- registration ----------------------------------------------------------------------------------------------
 
-    def _run_of(self, identity: bytes) -> LiveRun | None:
+    def run_of(self, identity: bytes) -> LiveRun | None:
         for run in self._runs:  # asked several times a message
             if identity in run.ranks:
                 return run
@@ -226,9 +230,9 @@ class Desk:
 
     async def _open(self, registration: Registration, grant: Grant) -> None:
         """What the machine may refuse: the directory, shared memory."""
-        record = _record(registration, grant)
+        record = record_of(registration, grant)
         try:
-            image, undo = await self._services.in_thread(lambda: self._prepare(record, grant))
+            image, undo = await self._services.in_thread(lambda: self._prepare(record, grant, registration))
         except Exception as error:
             if not isinstance(error, CheckpointError):
                 log.exception("cannot open a run in %s", self.directory)
@@ -244,10 +248,13 @@ class Desk:
         for rank in range(registration.options.world):
             run.grant(rank)
 
-    def _prepare(self, record: RunRecord, grant: Grant) -> tuple[RunImage, Callable[[], None]]:
+    def _prepare(
+        self, record: RunRecord, grant: Grant, registration: Registration
+    ) -> tuple[RunImage, Callable[[], None]]:
         undo = self._services.storage(self.directory).prepare()
         try:
-            return RunImage.create(self._services.endpoint, record, grant.layout), undo
+            shares = remote_shares(registration, grant)
+            return RunImage.create(self._services.endpoint, record, grant.layout, shares), undo
         except BaseException:
             undo()
             raise
@@ -332,13 +339,3 @@ class Desk:
         for identity in run.ranks:
             self._watch.discard(identity)
         self._watch.discard((self.directory, run.image.path))
-
-
-def _record(registration: Registration, grant: Grant) -> RunRecord:
-    first = registration.members[0]
-    peers = [
-        Peer(rank, registration.identities[rank], registration.members[rank].process)
-        for rank in range(registration.options.world)
-    ]
-    files = [*(file.path for file in grant.layout.files), *grant.layout.documents]
-    return RunRecord(registration.job, registration.options, files, peers, first.launcher, first.versions)

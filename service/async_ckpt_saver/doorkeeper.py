@@ -6,7 +6,7 @@ import asyncio
 import errno
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 
@@ -18,13 +18,21 @@ _EVENTS_A_TURN = 100
 _OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
+class Keys(Protocol):
+    """Who may connect, as pyzmq asks for it."""
+
+    def callback(self, domain: str, key: bytes) -> bool: ...
+
+
 class Doorkeeper:
     """Works in the saver's loop, on ZeroMQ's edge-triggered descriptors. Make it before the socket is bound: with a
-    list nobody gets in who is not on it, not even in the first instant."""
+    list nobody gets in who is not on it, not even in the first instant.
+
+    `allowed`: a directory of public keys, read once, or whom to ask each time; None for everybody."""
 
     def __init__(
         self, context: zmq.Context[Any], socket: zmq.Socket[bytes], loop: asyncio.AbstractEventLoop,
-        rejections: Rejections, allowed: Path | None,
+        rejections: Rejections, allowed: Path | Keys | None,
     ) -> None:  # fmt: skip
         self._loop = loop
         self._rejections = rejections
@@ -38,7 +46,10 @@ class Doorkeeper:
 
             self._authenticator = Authenticator(context)
             self._authenticator.start()
-            self._authenticator.configure_curve(domain=CURVE_DOMAIN, location=allowed)
+            if isinstance(allowed, Path):
+                self._authenticator.configure_curve(domain=CURVE_DOMAIN, location=allowed)
+            else:
+                self._authenticator.configure_curve_callback(CURVE_DOMAIN, credentials_provider=allowed)
             self._read(self._authenticator.zap_socket, self._drain_zap)
 
     def close(self) -> None:

@@ -9,12 +9,27 @@ from collections.abc import Hashable
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_IDENTITIES, MAX_REASON_CHARS, MAX_REGISTRATIONS, MAX_RUNS
 from async_ckpt.core.location import location_of
-from async_ckpt.core.protocol import Ack, Bye, FromRank, Ping, Pong, Refuse, Refused, Register, Status, StatusWanted
+from async_ckpt.core.protocol import (
+    Ack,
+    Bye,
+    FromRank,
+    Lead,
+    Ping,
+    Pong,
+    Refuse,
+    Refused,
+    Register,
+    Status,
+    StatusWanted,
+)
 from async_ckpt.core.slots import shm_identity
 
 from . import __version__
 from .desk import Desk
+from .hosts.relay_desk import RelayDesk
+from .hosts.shares import host_of
 from .image import RunImage
+from .live import LiveRun
 from .rejections import Cause
 from .services import Services
 from .status import SaverStatus, encode_status, process_memory_bytes, wall_clock_s
@@ -29,8 +44,9 @@ class Hub:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._watch = ProcessWatch(services.loop, services.now_s, self._process_gone, lease_s=services.lease_s)
-        self._desks: dict[str, Desk] = {}
-        self._places: dict[bytes, Desk] = {}
+        self._desks: dict[str, Desk | RelayDesk] = {}
+        self._places: dict[bytes, Desk | RelayDesk] = {}
+        self._hosts: dict[bytes, str] = {}  # where ranks are that relays speak for
 
     def adopt(self) -> None:
         """Go on with what an earlier saver on this endpoint left: commit what is complete, wait for living ranks."""
@@ -43,7 +59,7 @@ class Hub:
     @property
     def quiet(self) -> bool:
         """Nothing registers, lives or is kept, and nothing is being written."""
-        return not self._services.tasks and not self._desks
+        return not self._services.tasks and all(desk.empty for desk in self._desks.values())
 
     @property
     def serving(self) -> bool:
@@ -53,6 +69,8 @@ class Hub:
     async def drain(self) -> None:
         """Finish the commits under way. Runs stay in shared memory for the next saver on this endpoint."""
         await self._services.drain()
+        for desk in self._desks.values():
+            desk.close()
         self._watch.close()
 
     def tick(self) -> None:
@@ -61,8 +79,10 @@ class Hub:
         for desk in list(self._desks.values()):
             desk.tick()
             if desk.empty:
-                del self._desks[desk.directory]
+                desk.close()
+                del self._desks[desk.key]
         self._places = {identity: desk for identity, desk in self._places.items() if desk.knows(identity)}
+        self._hosts = {identity: host for identity, host in self._hosts.items() if identity in self._places}
 
     def receive(self, identity: bytes, message: FromRank) -> None:
         if isinstance(message, StatusWanted):
@@ -82,6 +102,30 @@ class Hub:
             self._services.rejections.count("unexpected", f"a {type(message).__name__} of nobody who is registered")
         self._services.send(identity, Pong(incarnation=self._services.incarnation, known=False))
 
+    # --- ranks of other hosts, for whom a relay speaks -------------------------------------------------------------
+
+    def knows(self, identity: bytes) -> bool:
+        desk = self._places.get(identity)
+        return desk is not None and desk.knows(identity)
+
+    def host_of(self, identity: bytes) -> str | None:
+        """The host from which the rank `identity` has registered through a relay."""
+        return self._hosts.get(identity)
+
+    def run_of(self, identity: bytes) -> tuple[LiveRun, int] | None:
+        """The run that commits what rank `identity` stages, and its number."""
+        desk = self._places.get(identity)
+        run = desk.run_of(identity) if isinstance(desk, Desk) else None
+        return None if run is None else (run, run.ranks[identity])
+
+    def seen(self, identity: bytes) -> None:
+        self._watch.seen(identity)
+
+    def remote_gone(self, identity: bytes) -> None:
+        """Its relay says so."""
+        self._watch.discard(identity)
+        self._process_gone(identity)
+
     def status(self) -> SaverStatus:
         services = self._services
         return SaverStatus(
@@ -96,6 +140,8 @@ class Hub:
             now_unix_s=wall_clock_s(),
             runs=[run for desk in self._desks.values() for run in desk.status()],
             ended=[*self._services.ended],
+            relayed_bytes=services.relayed_bytes,
+            hosts=services.hosts(),
         )
 
     def _admit(self, identity: bytes, message: Register | Refuse) -> None:
@@ -105,15 +151,24 @@ class Hub:
             self._services.rejections.count(cause, reason)
             self._services.send(identity, Refused(reason=reason))
             return
-        desk = self._desk(str(location_of(message.options.directory)))
+        desk = self._desk(str(location_of(message.options.directory)), message.lead)
         if isinstance(message, Register):
             self._places[identity] = desk
+            if (host := host_of(message.process)) is not None:
+                self._hosts[identity] = host
             desk.register(identity, message)
+        elif isinstance(desk, RelayDesk):
+            self._places[identity] = desk
+            desk.withdraw(identity, message)
         else:
             reason = f"rank {message.rank} cannot take part: {message.reason[:MAX_REASON_CHARS]}"
             desk.withdraw(identity, message.job, message.options.world, reason)
 
     def _outside(self, message: Register | Refuse) -> tuple[Cause, str] | None:
+        if message.lead is not None:
+            if self._services.dial is not None:
+                return None  # the lead has a root as well, and is the one that writes
+            return "unexpected", "this saver relays to nobody"
         directory, roots = message.options.directory, self._services.roots
         if roots.covers(directory):
             return None
@@ -158,15 +213,25 @@ class Hub:
             self._places[key].process_gone(key)
 
     def _adopt(self, image: RunImage) -> None:
-        if not self._services.roots.covers(str(location_of(image.directory).resolve())):
+        lead = image.record.lead
+        if lead is not None and self._services.dial is None:
+            raise CheckpointError("it is another host's, and this saver relays to nobody")
+        if lead is None and not self._services.roots.covers(str(location_of(image.directory).resolve())):
             raise CheckpointError(f"{image.directory} is outside the root {self._services.roots}")
         log.info("found run %s of %s", image.path, image.directory)
-        desk = self._desk(image.directory)
+        desk = self._desk(image.directory, lead)
         for peer in image.record.peers:
             self._places[peer.identity] = desk
+            if (host := host_of(peer.process)) is not None:
+                self._hosts[peer.identity] = host
         desk.adopt(image)
 
-    def _desk(self, directory: str) -> Desk:
-        if directory not in self._desks:
-            self._desks[directory] = Desk(directory, self._services, self._watch)
-        return self._desks[directory]
+    def _desk(self, directory: str, lead: Lead | None) -> Desk | RelayDesk:
+        key = directory if lead is None else f"{lead.endpoint} {lead.public_key.hex()} {directory}"
+        if key not in self._desks:
+            self._desks[key] = (
+                Desk(directory, self._services, self._watch)
+                if lead is None
+                else RelayDesk(key, directory, lead, self._services, self._watch)
+            )
+        return self._desks[key]

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.images import create_slots
 from async_ckpt.core.protocol import Layout, Started
 from async_ckpt.core.slots import (
     Phase,
     RunRecord,
     SlotPaths,
     StateFile,
-    create_slots,
     new_run_path,
     read_journals,
     remove_run,
     write_journal,
 )
 
+from .hosts.shares import write_shares
+from .hosts.spans import Span
 from .replicas import diverged
 from .run import Commit, StagedCell
 from .writer import CommitJob
@@ -37,10 +40,24 @@ class RunImage:
         self.states = [StateFile(slot.state) for slot in slots]
 
     @classmethod
-    def create(cls, endpoint: str, record: RunRecord, layout: Layout) -> RunImage:
-        """Raises CheckpointError if shared memory cannot hold the slots; then nothing is left of them."""
+    def create(
+        cls, endpoint: str, record: RunRecord, layout: Layout, shares: Mapping[int, Sequence[Span]] | None = None
+    ) -> RunImage:
+        """`shares`: what ranks of other hosts own, or, at a relay, those of this one: then nothing else is reserved.
+
+        Raises CheckpointError if shared memory cannot hold the slots; then nothing is left of them."""
         path = new_run_path(endpoint)
-        return cls(path, record, create_slots(path, record, layout))
+        only = None
+        if record.lead is not None:
+            only = [(span.file, span.start, span.stop) for spans in (shares or {}).values() for span in spans]
+        image = cls(path, record, create_slots(path, record, layout, only))
+        if shares:
+            try:
+                write_shares(path, layout, shares)
+            except CheckpointError:
+                image.remove()
+                raise
+        return image
 
     def allocated_bytes(self) -> int:
         """The shared memory that the run holds now: 0 once it has been removed."""

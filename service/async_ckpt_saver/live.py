@@ -89,6 +89,13 @@ class LiveRun:
     def living(self) -> list[Peer]:
         return [peer for peer in self.image.record.peers if not self._machine.gone(peer.rank)]
 
+    def outcome(self, step: int) -> Settled | None:
+        return self._machine.settled(step)
+
+    def fail(self, reason: str) -> None:
+        """It cannot start."""
+        self._on_fail(reason)
+
     def status(self, state: RunState) -> RunStatus:
         return run_status(self.image, self._chronicle, state, self._machine.open_steps, self._machine.gone)
 

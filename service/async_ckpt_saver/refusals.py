@@ -6,6 +6,9 @@ import msgspec
 
 from async_ckpt.core.limits import MAX_REMEMBERED_REFUSALS
 from async_ckpt.core.processes import now_ticks
+from async_ckpt.core.protocol import Process
+
+from .hosts.shares import host_of
 
 _REMEMBER_S = 20.0  # how long a refused job's late ranks are waited for
 
@@ -33,13 +36,13 @@ class Refusals:
         while len(self._jobs) > MAX_REMEMBERED_REFUSALS:
             del self._jobs[next(iter(self._jobs))]
 
-    def tell(self, job: str, start_ticks: int | None = None) -> str | None:
+    def tell(self, job: str, process: Process | None = None) -> str | None:
         """The reason for one more rank of `job`, None if it was not refused. A process that started after the refusal
-        belongs to a new launch of the same name, which begins afresh."""
+        belongs to a new launch of the same name, which begins afresh; of another host's nobody can say."""
         refused = self._jobs.get(job)
         if refused is None:
             return None
-        if start_ticks is not None and start_ticks > refused.since_ticks:
+        if process is not None and host_of(process) is None and process.start_ticks > refused.since_ticks:
             del self._jobs[job]
             return None
         refused.untold -= 1

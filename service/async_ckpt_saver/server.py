@@ -19,11 +19,12 @@ import zmq
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_MESSAGE_BYTES
-from async_ckpt.core.protocol import FromSaver, decode_from_rank, encode
+from async_ckpt.core.protocol import FromSaver, LeadWanted, decode_from_rank, encode
 from async_ckpt.core.slots import SHM
 from async_ckpt.core.transport import EndpointInUse, transport_of
 
 from .doorkeeper import Doorkeeper
+from .hosts.links import Links
 from .http_listener import Address
 from .hub import Hub
 from .notify import Notifier
@@ -52,7 +53,8 @@ class Config:
     keys and the directory with the public keys of those who may connect, read once. `roots`: nothing is written outside
     them. `embedded`: exit when nobody needs this saver any more. `keep_image_s`: how long the newest image of a dead
     run is kept in RAM. `grace_s`: how long ranks that live are still served after a signal: whoever ends us may have
-    ended them as well, and they have a last checkpoint to save. `http`: where to show what goes on."""
+    ended them as well, and they have a last checkpoint to save. `lease_s`: after how long a silence a host, or a rank
+    that cannot be watched, counts as gone. `http`: where to show what goes on."""
 
     bind: str
     roots: Roots
@@ -62,6 +64,7 @@ class Config:
     curve_secret: Path | None = None
     curve_allow: Path | None = None
     grace_s: float = 25.0
+    lease_s: float = 30.0
     http: Address | None = None
 
 
@@ -126,6 +129,15 @@ class Server:
         log.info("clients whose keys are allowed: %s", ", ".join(read_allowed(allow).values()))
         return read_secret(secret)
 
+    def _link_keys(self) -> tuple[KeyPair | None, set[bytes]]:
+        """Those that this saver was given hold for its links as well, whatever it serves its own ranks by."""
+        secret, allow = self._config.curve_secret, self._config.curve_allow
+        if secret is None or allow is None:
+            return None, set()
+        from async_ckpt.core.keys import read_allowed, read_secret
+
+        return read_secret(secret), set(read_allowed(allow))
+
     def _startup(self) -> None:
         self._loop = asyncio.get_running_loop()
         for root in self._config.roots.directories:
@@ -150,10 +162,13 @@ class Server:
             incarnation=secrets.token_hex(8),
             send=self._send,
             loop=self._loop,
+            lease_s=self._config.lease_s,
             keep_image_s=self._config.keep_image_s,
             orphan_image_s=self._config.orphan_image_s,
         )
         self._hub = Hub(services)
+        self._links = Links(services, self._hub, self._loop, *self._link_keys())
+        services.dial, services.hosts = self._links.dial, self._links.hosts
         allowed = self._config.curve_allow if self._keys is not None else None
         self._doorkeeper = Doorkeeper(self._context, self._socket, self._loop, services.rejections, allowed)
         try:
@@ -162,6 +177,7 @@ class Server:
             self._close_socket()
             raise
         self._hub.adopt()
+        self._links.adopt()
         self._fd = int(self._socket.get(zmq.FD))
         self._loop.add_reader(self._fd, self._drain_socket)
         self._loop.call_soon(self._drain_socket)
@@ -181,6 +197,7 @@ class Server:
         while not self._stop.is_set():
             self._hub.tick()
             self._doorkeeper.look()
+            self._links.tick()
             self._drain_socket()
             self._notifier.alive(self._loop.time())
             if self._config.embedded and self._unneeded():
@@ -195,6 +212,7 @@ class Server:
 
     async def _shutdown(self) -> None:
         await self._hub.drain()
+        self._links.close(for_good=self._hub.quiet)
         if self._eyes is not None:
             await self._eyes.close()
         self._loop.remove_reader(self._fd)
@@ -215,7 +233,7 @@ class Server:
         now_s = self._loop.time()
         if self._last_message_s is None and now_s - self._started_s < _UNUSED_S:
             return False
-        return self._hub.quiet and now_s - (self._last_message_s or self._started_s) > _QUIET_S
+        return self._hub.quiet and self._links.quiet and now_s - (self._last_message_s or self._started_s) > _QUIET_S
 
     def _on_signal(self, number: int) -> None:
         if self._signal is not None:  # the second one does not wait for commits
@@ -253,13 +271,18 @@ class Server:
             self._services.reject(frames[0], "unreadable", f"a message of {len(frames)} frames: {error}")
             return
         try:
-            self._hub.receive(identity, message)
+            if isinstance(message, LeadWanted):
+                self._links.want(identity, message)
+            else:
+                self._hub.receive(identity, message)
         except Exception as error:  # one message, whatever is in it, must not end the saver for all other ranks
             name = type(message).__name__
             log.debug("a %s could not be handled", name, exc_info=True)
             self._services.reject(identity, "internal", f"a {name} could not be handled: {error!r}")
 
     def _send(self, identity: bytes, message: FromSaver) -> None:
+        if self._links.tell(identity, message):
+            return
         try:
             self._socket.send(identity, _AT_ONCE_AND_MORE)
             self._socket.send(encode(message), _AT_ONCE)

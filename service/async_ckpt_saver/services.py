@@ -8,15 +8,18 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from async_ckpt.core.protocol import FromSaver, Rejected
+from async_ckpt.core.protocol import FromSaver, Lead, Rejected
 
 from .clock import RunningClock
 from .rejections import Cause, Rejections
 from .roots import Roots
-from .status import ENDED_RUNS, RunStatus, SaveStatus
+from .status import ENDED_RUNS, HostStatus, RunStatus, SaveStatus
 from .storage import Storage
+
+if TYPE_CHECKING:
+    from .hosts.dialler import Link, LinkEvents
 
 T = TypeVar("T")
 
@@ -26,6 +29,8 @@ class Services:
     """`send(identity, message)` never blocks. `root`, one directory or several places, bounds every write to storage.
     `incarnation` is new with every
     start of the saver on `endpoint`. Storage is touched in the pool's threads only, so a stuck disk stops no message.
+
+    `relayed_bytes` came from savers of other hosts. `dial` makes a way to a lead, for ranks whose job has it elsewhere.
 
     `ended` are the last runs that are over. `on_settled` is told of each save that has its outcome.
 
@@ -44,6 +49,9 @@ class Services:
     rejections: Rejections = field(default_factory=Rejections)
     ended: deque[RunStatus] = field(default_factory=lambda: deque(maxlen=ENDED_RUNS))
     on_settled: Callable[[SaveStatus], None] = lambda save: None
+    relayed_bytes: int = 0
+    dial: Callable[[Lead, LinkEvents], Link] | None = None
+    hosts: Callable[[], list[HostStatus]] = list
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="storage")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 PREFIX = "ASYNC_CKPT_"
+_LEAST_LEASE_S = 3.0  # a sign of life comes every second
 FILE_VARIABLE = "ASYNC_CKPT_CONFIG"
 
 Source = Literal["flag", "environment", "file", "default"]
@@ -72,6 +73,13 @@ def _seconds(value: object) -> float:
     except OverflowError:
         raise ValueError from None
     if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError
+    return seconds
+
+
+def _lease(value: object) -> float:
+    seconds = _seconds(value)
+    if seconds < _LEAST_LEASE_S:
         raise ValueError
     return seconds
 
@@ -139,11 +147,19 @@ GRACE = Setting(
     "SECONDS",
     "after SIGTERM, serve ranks that are alive so long, for their last checkpoint",
 )
+LEASE = Setting(
+    "lease_s",
+    _lease,
+    f"a number of seconds, at least {_LEAST_LEASE_S:g}",
+    30.0,
+    "SECONDS",
+    "give up a host, or a rank that this saver can only hear, after so long a silence",
+)
 LOG_LEVEL = Setting(
     "log_level", _one_of(*_LEVELS), f"one of {', '.join(_LEVELS)}", "info", "LEVEL", "say no less than this"
 )
 
-SETTINGS = (BIND, ROOT, CURVE_SECRET, CURVE_ALLOW, KEEP_IMAGE, GRACE, HTTP, LOG_LEVEL)
+SETTINGS = (BIND, ROOT, CURVE_SECRET, CURVE_ALLOW, KEEP_IMAGE, GRACE, LEASE, HTTP, LOG_LEVEL)
 
 
 def resolve(

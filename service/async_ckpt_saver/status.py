@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 REMEMBERED_SAVES = 32
 ENDED_RUNS = 16
 
-RunState = Literal["starting", "live", "kept", "ended"]
+RunState = Literal["starting", "live", "kept", "ended", "relayed"]
 
 
 class StagedBy(msgspec.Struct, frozen=True):
@@ -98,6 +98,16 @@ class RunStatus(msgspec.Struct, frozen=True):
     image_bytes: int
 
 
+class HostStatus(msgspec.Struct, frozen=True):
+    """The saver of another host that relays to this one: its name, how many ranks it speaks for, the bytes it has
+    handed over in its session, seconds since it was last heard."""
+
+    name: str
+    ranks: int
+    relayed_bytes: int
+    silent_s: float
+
+
 class SaverStatus(msgspec.Struct, frozen=True):
     pid: int
     version: str
@@ -110,6 +120,8 @@ class SaverStatus(msgspec.Struct, frozen=True):
     now_unix_s: float
     runs: list[RunStatus]
     ended: list[RunStatus]
+    relayed_bytes: int = 0
+    hosts: list[HostStatus] = []
 
 
 class _Save:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.images import create_slots, image_bytes
 from async_ckpt.core.layout import TensorSpec, plan_file
 from async_ckpt.core.private import private_directory
 from async_ckpt.core.protocol import ImageFile, Layout, Options, SaveRecord
@@ -19,8 +20,6 @@ from async_ckpt.core.slots import (
     RunRecord,
     SlotPaths,
     StateFile,
-    create_slots,
-    image_bytes,
     new_run_path,
     read_journals,
     remove_run,

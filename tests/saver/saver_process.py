@@ -7,7 +7,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -77,13 +77,14 @@ class SaverProcess:
     """`async-ckpt-saver run` on `endpoint`; killed, if need be, at the end of the block."""
 
     def __init__(
-        self, endpoint: str, root: Path | str, log: Path, *options: str, env: dict[str, str] | None = None
-    ) -> None:
+        self, endpoint: str, root: Path | str, log: Path, *options: str, env: dict[str, str] | None = None,
+        wrapper: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.endpoint, self.log = endpoint, log
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "service")]), **(env or {})}
         command = [sys.executable, "-m", "async_ckpt_saver", "run", "--bind", endpoint, "--root", str(root), *options]
         with log.open("ab") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            self.process = subprocess.Popen([*wrapper, *command], stdout=output, stderr=output, env=environment)
 
     def said(self) -> str:
         return self.log.read_text()

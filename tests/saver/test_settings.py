@@ -60,6 +60,7 @@ def test_every_setting_has_its_own_origin() -> None:
         "http": ("", "default", ""),
         "keep_image_s": (900.0, "default", ""),
         "grace_s": (25.0, "default", ""),
+        "lease_s": (30.0, "default", ""),
     }
     require(values, BIND, ROOT)
 

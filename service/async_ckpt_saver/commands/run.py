@@ -7,7 +7,19 @@ import sys
 from pathlib import Path
 
 from .. import exit_codes
-from ..settings import BIND, CURVE_ALLOW, CURVE_SECRET, GRACE, HTTP, KEEP_IMAGE, LOG_LEVEL, ROOT, Setting, require
+from ..settings import (
+    BIND,
+    CURVE_ALLOW,
+    CURVE_SECRET,
+    GRACE,
+    HTTP,
+    KEEP_IMAGE,
+    LEASE,
+    LOG_LEVEL,
+    ROOT,
+    Setting,
+    require,
+)
 from .options import add_file, add_settings, effective
 
 HELP = "serve the ranks of this host until SIGTERM"
@@ -18,7 +30,7 @@ async-ckpt-saver run --bind ipc:///run/async-ckpt/saver.sock --root /data/runs
 GROUPS: dict[str, tuple[Setting, ...]] = {
     "where": (BIND, ROOT),
     "keys": (CURVE_SECRET, CURVE_ALLOW),
-    "time": (KEEP_IMAGE, GRACE),
+    "time": (KEEP_IMAGE, GRACE, LEASE),
     "eyes": (HTTP, LOG_LEVEL),
 }
 SETTINGS = tuple(setting for group in GROUPS.values() for setting in group)
@@ -60,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
         http=parse_address(values["http"].value) if values["http"].value else None,
         keep_image_s=keep_image_s,
         grace_s=values["grace_s"].value,
+        lease_s=values["lease_s"].value,
         orphan_image_s=min(20.0, keep_image_s) if options.embedded else keep_image_s,
     )
 

@@ -42,7 +42,7 @@ class Outgoing:
     def __init__(self, count: int) -> None:
         self._count = count
         self._queue: deque[Item] = deque()
-        self._said, self._piece = False, None
+        self._said = False
         self._piece: int | None = None  # of the first item, the next one to send
 
     @property
@@ -91,10 +91,13 @@ class Outgoing:
             kept = [item for item in self._queue if not isinstance(item, Transfer) or item.staged.step != step]
             self._queue = deque(kept)
 
-    def acknowledged(self, seq: int) -> None:
+    def acknowledged(self, seq: int) -> Skipped | Failed | Bye | None:
+        """The report that it was, if it is the one that was said."""
         first = self._queue[0] if self._queue else None
-        if isinstance(first, Report) and first.message.seq == seq:
-            self._pop()
+        if not isinstance(first, Report) or first.message.seq != seq:
+            return None
+        self._pop()
+        return first.message
 
     def unknown(self) -> None:
         """The lead does not know this rank, or no longer: nothing of it will be taken."""

@@ -1,0 +1,141 @@
+"""A rank on another host, as the lead has it: its bytes come over a link, and its cells are written here.
+
+The order is a rank's own: WRITING, then bytes, then STAGED. So for all that comes after (what is complete, the commit,
+a lead that was killed and follows its journal) it is a rank like any other.
+"""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+import xxhash
+
+from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.protocol import Failed, SaveRecord, Staged, decode_stored
+from async_ckpt.core.slots import Phase
+
+from ..live import LiveRun
+from .incoming import Incoming
+from .link_words import Offer, Piece
+from .shares import read_share
+from .spans import Pieces
+
+
+class SenselessError(ValueError):
+    """A word that no relay of this run can have meant: it changes nothing."""
+
+
+class RemoteRank:
+    """Rank `rank` of `run`. Raises CheckpointError if its share cannot be read."""
+
+    def __init__(self, run: LiveRun, rank: int) -> None:
+        self.run, self.rank = run, rank
+        image = run.image
+        self._paths = [image.slots[0].image / name for name in image.record.files]
+        try:
+            sizes_bytes = [path.stat().st_size for path in self._paths]
+        except OSError as error:
+            raise CheckpointError(f"the image of {image.path} cannot be looked at: {error}") from error
+        self._pieces = Pieces(read_share(image.path, rank, sizes_bytes))
+        self._incoming = Incoming(self._pieces.count)
+        self._files: dict[tuple[int, int], int] = {}
+
+    def offer(self, word: Offer) -> bool:
+        """Whether the step is held already, or wanted no more; else all its pieces are to come. Raises SenselessError,
+        CheckpointError."""
+        image = self.run.image
+        if not self.run.started:
+            raise SenselessError(f"step {word.step} before the run has started")
+        if word.slot >= len(image.slots):
+            raise SenselessError(f"slot {word.slot} of {len(image.slots)}")
+        state = image.states[word.slot]
+        cell = state.cell(self.rank)
+        staged = cell.phase is Phase.STAGED and cell.step == word.step
+        if staged or self.run.outcome(word.step) is not None or word.step <= state.settled_step:
+            self._report(word)
+            return True
+        if cell.step > word.step:
+            raise SenselessError(f"step {word.step} for slot {word.slot}, which holds step {cell.step} already")
+        if word.record is not None:
+            self._check_record(word)
+        state.mark(self.rank, Phase.WRITING, word.step)
+        if word.record is not None:
+            image.slots[word.slot].write_record(self.rank, decode_stored(word.record, SaveRecord))
+        self._incoming.begin(word)
+        return self._finish()
+
+    def piece(self, word: Piece, payload: memoryview) -> bool:
+        """Whether the step is complete with it. One that is not expected any more is passed over. Raises
+        SenselessError."""
+        if not 0 <= word.number < self._pieces.count:
+            raise SenselessError(f"piece {word.number} of {self._pieces.count}")
+        offer = self._incoming.offer
+        if offer is None or not self._incoming.expects(word.step, word.number):
+            return False
+        if self.run.outcome(word.step) is not None:  # its slot may hold another step by now, at the relay
+            self._incoming.end()
+            return False
+        if payload.nbytes != self._pieces.size_bytes(word.number):
+            raise SenselessError(f"piece {word.number} of {payload.nbytes} bytes, not "
+                                 f"{self._pieces.size_bytes(word.number)}")  # fmt: skip
+        if xxhash.xxh3_64_intdigest(payload) != word.xxh3:
+            self.fail(f"piece {word.number} of rank {self.rank} was damaged on its way: is the network sound?")
+            raise SenselessError(f"piece {word.number} of step {word.step} does not hash as said")
+        self._write(offer.slot, word.number, payload)
+        self._incoming.took(word.number)
+        return self._finish()
+
+    def fail(self, reason: str) -> None:
+        """The step that is being handed over cannot be completed."""
+        offer = self._incoming.offer
+        if offer is not None:
+            self._incoming.end()
+            self.run.receive(self.rank, Failed(seq=0, slot=offer.slot, step=offer.step, reason=reason))
+
+    def close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def _check_record(self, word: Offer) -> None:
+        try:
+            record = decode_stored(word.record or b"", SaveRecord)
+        except msgspec.DecodeError as error:
+            raise SenselessError(f"the record of step {word.step} cannot be read: {error}") from error
+        if record.step != word.step:
+            raise SenselessError(f"the record of step {record.step} for step {word.step}")
+
+    def _finish(self) -> bool:
+        offer = self._incoming.complete
+        if offer is None:
+            return False
+        self._incoming.end()
+        self.run.image.states[offer.slot].mark(self.rank, Phase.STAGED, offer.step, offer.copy_s)
+        self._report(offer)
+        return True
+
+    def _report(self, offer: Offer) -> None:
+        staged = Staged(seq=0, slot=offer.slot, step=offer.step, copy_s=offer.copy_s, stall_s=offer.stall_s)
+        self.run.receive(self.rank, staged)
+
+    def _write(self, slot: int, number: int, payload: memoryview) -> None:
+        """Raises OSError: then the run is no longer in shared memory."""
+        position = 0
+        for span in self._pieces.cut(number):
+            length = span.stop - span.start
+            fd = self._file(slot, span.file)
+            done = 0
+            while done < length:
+                part = payload[position + done : position + length]
+                done += os.pwrite(fd, part, span.start + done)
+            position += length
+
+    def _file(self, slot: int, number: int) -> int:
+        """Writing to a descriptor takes no page fault, and lets other threads run."""
+        fd = self._files.get((slot, number))
+        if fd is None:
+            image = self.run.image
+            path = image.slots[slot].image / image.record.files[number]
+            fd = self._files[slot, number] = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return fd

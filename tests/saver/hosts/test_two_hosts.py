@@ -1,0 +1,31 @@
+"""Ranks of several hosts make one checkpoint: real savers, each with its own /dev/shm, and a link."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from async_ckpt.core.protocol import Bye
+from async_ckpt.core.slots import links_path
+from tests.saver.hosts.two_hosts import Job, hosts, possible
+from tests.saver.saver_process import until
+
+pytestmark = pytest.mark.skipif(not possible(), reason="needs the right to make mount namespaces (root)")
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_checkpoint_of_two_hosts_is_whole_and_nothing_is_left_after_the_goodbye(folder: Path, plain: bool) -> None:
+    with hosts(folder, folder / "root") as (lead, relay):
+        job = Job([lead, relay, relay], folder / "root/run", plain=plain).start()
+        try:
+            for step, slot in ((1, 0), (2, 1), (3, 0)):
+                for rank in job.ranks:
+                    rank.stage(step, slot)
+                job.committed(step)
+            for rank in job.ranks:
+                rank.peer.say(Bye(seq=99))
+            until(lambda: not lead.runs() and not relay.runs(), "no run in shared memory")
+        finally:
+            job.close()
+    assert not links_path(lead.endpoint).exists()

@@ -1,0 +1,377 @@
+"""Hosts that are none: savers with a /dev/shm of their own, ranks without torch, and a wire that can be cut.
+
+A host is a mount namespace with its own tmpfs on /dev/shm, which is what makes it another one for all of our code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from async_ckpt.core.claims import pack_claims
+from async_ckpt.core.layout import TensorSpec, plan_file
+from async_ckpt.core.processes import process_of
+from async_ckpt.core.protocol import (
+    PROTOCOL,
+    Claim,
+    Granted,
+    ImageFile,
+    Layout,
+    Lead,
+    LeadOpen,
+    LeadWanted,
+    Options,
+    Ping,
+    Ready,
+    Register,
+    SaveRecord,
+    Settled,
+    Staged,
+    Started,
+)
+from async_ckpt.core.region import Region
+from async_ckpt.core.retention_policy import Policy
+from async_ckpt.core.slots import Phase, SlotPaths, StateFile
+from async_ckpt_saver.hosts.spans import spans_of
+from tests.saver.saver_process import Peer, SaverProcess, until
+
+_OWN_SHM = [
+    "unshare",
+    "--mount",
+    "--propagation",
+    "private",
+    "sh",
+    "-c",
+    'mount -t tmpfs shm /dev/shm && exec "$@"',
+    "sh",
+]
+COLUMNS = 640
+ROWS = 1536  # of each tensor; a step has 2 * ROWS * COLUMNS * 4 bytes: some pieces for each rank
+
+
+def possible() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run([*_OWN_SHM, "true"], capture_output=True).returncode == 0
+
+
+class Host:
+    """One saver. `shared`: on this machine's own /dev/shm."""
+
+    def __init__(self, name: str, folder: Path, root: Path, *, shared: bool, lease_s: float) -> None:
+        self.name, self._folder, self._root, self._shared = name, folder, root, shared
+        self._options = ["--log-level", "debug", "--grace-s", "0", "--lease-s", f"{lease_s:g}"]
+        self.endpoint = f"ipc://{folder}/{name}/saver.sock"
+        (folder / name).mkdir(mode=0o700)
+        self.start()
+
+    def start(self) -> None:
+        """The namespace, and all that is in its shared memory, stays as long as the keeper lives."""
+        if not self._shared and not hasattr(self, "_keeper"):
+            self._keeper = subprocess.Popen([*_OWN_SHM, "sleep", "infinity"])
+            until(lambda: self._device(self._keeper.pid) != os.stat("/dev/shm").st_dev, "a /dev/shm of its own")
+        wrapper = [] if self._shared else ["nsenter", "--mount", f"--target={self._keeper.pid}"]
+        log = self._folder / f"{self.name}.log"
+        self.saver = SaverProcess(self.endpoint, self._root, log, *self._options, wrapper=wrapper).up()
+
+    @property
+    def shm(self) -> str:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{self._device(self.saver.process.pid):x}"
+
+    def kill(self) -> None:
+        self.saver.kill()
+
+    def seen_from_here(self, path: str | Path) -> Path:
+        """`path` of the host's /dev/shm."""
+        return Path(path) if self._shared else Path(f"/proc/{self._keeper.pid}/root{path}")
+
+    def runs(self) -> list[Path]:
+        folder = self.seen_from_here(f"/dev/shm/async-ckpt-{os.getuid()}")
+        return [path for path in folder.glob("*-*") if path.is_dir()] if folder.exists() else []
+
+    def stop(self) -> None:
+        if self.saver.process.poll() is None:
+            self.saver.process.terminate()
+            self.saver.process.wait(30)
+        if not self._shared:
+            self._keeper.kill()
+            self._keeper.wait()
+
+    def _device(self, pid: int) -> int:
+        try:
+            return os.stat(f"/proc/{pid}/root/dev/shm").st_dev
+        except FileNotFoundError:
+            return os.stat("/dev/shm").st_dev
+
+
+class Wire:
+    """A tcp proxy to `endpoint`: what goes up can be held after so many bytes, and all of it can be cut."""
+
+    def __init__(self, endpoint: str) -> None:
+        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+        self._target = (host, int(port))
+        self._door = socket.create_server(("127.0.0.2", 0))
+        self.endpoint = f"tcp://127.0.0.2:{self._door.getsockname()[1]}"
+        self._wake, self._waked = socket.socketpair()
+        self._pairs: dict[socket.socket, socket.socket] = {}
+        self._up: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self.passed_bytes = 0
+        self._limit_bytes: int | None = None
+        self._cut = self._closed = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def hold(self, after_bytes: int = 0) -> None:
+        """Let no more than so many bytes go up."""
+        with self._lock:
+            self._limit_bytes = self.passed_bytes + after_bytes
+        self._wake.send(b"x")
+
+    def let_go(self) -> None:
+        with self._lock:
+            self._limit_bytes, self._cut = None, False
+        self._wake.send(b"x")
+
+    def cut(self) -> None:
+        """Every connection ends, and none is made."""
+        with self._lock:
+            self._cut = True
+        self._wake.send(b"x")
+
+    @property
+    def held(self) -> bool:
+        with self._lock:
+            return self._limit_bytes is not None and self.passed_bytes >= self._limit_bytes
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.send(b"x")
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                self._turn()
+        finally:
+            for each in [*self._pairs, self._door, self._wake, self._waked]:
+                each.close()
+
+    def _turn(self) -> None:
+        with self._lock:
+            cut = self._cut
+            room = None if self._limit_bytes is None else max(0, self._limit_bytes - self.passed_bytes)
+        if cut:
+            for each in self._pairs:
+                each.close()
+            self._pairs, self._up = {}, set()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._waked, selectors.EVENT_READ)
+            selector.register(self._door, selectors.EVENT_READ)
+            for each in self._pairs:
+                if room != 0 or each not in self._up:
+                    selector.register(each, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in selector.select()]
+        for each in ready:
+            assert isinstance(each, socket.socket)
+            if each is self._waked:
+                each.recv(4096)
+            elif each is self._door:
+                self._accept(cut)
+            elif each in self._pairs:
+                self._pass(each, room)
+
+    def _accept(self, cut: bool) -> None:
+        near, _ = self._door.accept()
+        try:
+            far = None if cut else socket.create_connection(self._target, 5)
+        except OSError:
+            far = None
+        if far is None:
+            near.close()
+            return
+        self._pairs[near], self._pairs[far] = far, near
+        self._up.add(near)
+
+    def _pass(self, source: socket.socket, room: int | None) -> None:
+        size = 65_536 if room is None or source not in self._up else min(room, 65_536)
+        try:
+            data = source.recv(size)
+            self._pairs[source].sendall(data)
+        except OSError:
+            data = b""
+        if source in self._up:
+            with self._lock:
+                self.passed_bytes += len(data)
+        if not data:
+            other = self._pairs.pop(source)
+            self._pairs.pop(other, None)
+            for each in (source, other):
+                self._up.discard(each)
+                each.close()
+
+
+FILE = plan_file("adapter_model.safetensors", [TensorSpec(name, "F32", (ROWS, COLUMNS)) for name in ("a", "b")])
+LAYOUT = Layout((ImageFile(FILE.path, FILE.header, FILE.total_bytes),), {"README.md": b"read me"})
+
+
+def content(step: int) -> bytes:
+    """The file of a step."""
+    return FILE.header + random.Random(step).randbytes(FILE.total_bytes - len(FILE.header))
+
+
+class Rank:
+    """One rank of `world`: a process that lives, and what it would say."""
+
+    def __init__(self, host: Host, rank: int, world: int, directory: Path, *, timeout_s: float = 60.0) -> None:
+        self.host, self.rank, self.world, self.directory = host, rank, world, directory
+        self._timeout_s = timeout_s
+        self._seq = 0
+        self._child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+        self.peer = Peer(host.endpoint)
+        self.granted: Granted | None = None
+
+    def lead(self, address: str = "127.0.0.1:0", *, plain: bool = False) -> Lead:
+        """Asks its saver to lead; what the others need."""
+        public, secret = (b"", b"") if plain else zmq.curve_keypair()
+        self.peer.say(LeadWanted(address=address, allow=public, plain=plain))
+        opened = self.peer.hear(LeadOpen)
+        return Lead(endpoint=opened.endpoint, server_key=opened.server_key, public_key=public, secret_key=secret)
+
+    def register(self, lead: Lead | None = None, *, job: str = "job") -> None:
+        rows = ROWS // self.world
+        size = rows if self.rank < self.world - 1 else ROWS - rows * (self.world - 1)
+        regions = [Claim(0, n, Region(False, (self.rank * rows, 0), (size, COLUMNS))) for n in (0, 1)]
+        self._claims = pack_claims([FILE], regions)[0]
+        self.peer.say(
+            Register(
+                protocol=PROTOCOL,
+                options=Options(str(self.directory), self.world, 2, Policy(), self._timeout_s),
+                job=job,
+                rank=self.rank,
+                process=process_of(self._child.pid),
+                launcher=None,
+                shm=self.host.shm,
+                layout_hash="h",
+                layout=LAYOUT if self.rank == 0 else None,
+                claims=self._claims,
+                versions={},
+                lead=lead,
+            )
+        )
+
+    def ready(self) -> None:
+        self.granted = self.peer.hear(Granted)
+        self.peer.say(Ready())
+
+    def slot(self, number: int) -> SlotPaths:
+        assert self.granted is not None
+        return SlotPaths(self.host.seen_from_here(self.granted.run), number)
+
+    def stage(self, step: int, slot: int = 0, *, say: bool = True) -> None:
+        """Into shared memory, as a rank does it, and its word of it."""
+        assert self.granted is not None
+        paths = self.slot(slot)
+        state = StateFile(paths.state)
+        state.mark(self.rank, Phase.WRITING, step)
+        whole = content(step)
+        with (paths.image / FILE.path).open("r+b") as file:
+            for span in spans_of([FILE], self._claims, self.granted.owned):
+                os.pwrite(file.fileno(), whole[span.start : span.stop], span.start)
+        documents = {f"training_state/rank-{self.rank}.json": b"%d" % step}
+        paths.write_record(self.rank, SaveRecord(step, {"loss": 0.5}, None, documents))
+        state.mark(self.rank, Phase.STAGED, step, 0.25)
+        state.close()
+        if say:
+            self._seq += 1
+            self.peer.say(Staged(seq=self._seq, slot=slot, step=step, copy_s=0.25))
+
+    def settled(self, step: int, timeout_s: float = 30.0) -> Settled:
+        """Asked every second, as the client does it."""
+        outcome: list[Settled] = []
+
+        def heard() -> bool:
+            self.peer.say(Ping(unsettled=[step]))
+            with contextlib.suppress(AssertionError):
+                while not outcome:
+                    settled = self.peer.hear(Settled, timeout_s=1.0)
+                    if settled.step == step:
+                        outcome.append(settled)
+            return bool(outcome)
+
+        until(heard, f"an outcome of step {step} for rank {self.rank}", timeout_s)
+        return outcome[0]
+
+    def kill(self) -> None:
+        self._child.kill()
+        self._child.wait()
+
+    def close(self) -> None:
+        self.kill()
+        if self._child.stdin is not None:
+            self._child.stdin.close()
+        self.peer.__exit__(None, None, None)
+
+
+class Job:
+    """Ranks on hosts, attached and started. `hosts[i]` is the host of rank i. Relays reach the lead through `wire`."""
+
+    def __init__(
+        self, hosts: list[Host], directory: Path, *, plain: bool = False, job: str = "job", timeout_s: float = 60.0
+    ) -> None:
+        self.directory = directory
+        self.ranks = [Rank(host, n, len(hosts), directory, timeout_s=timeout_s) for n, host in enumerate(hosts)]
+        self.lead = self.ranks[0].lead(plain=plain)
+        self.wire = Wire(self.lead.endpoint)
+        self.through = msgspec.structs.replace(self.lead, endpoint=self.wire.endpoint)
+        for rank in self.ranks:
+            rank.register(None if rank.host is hosts[0] else self.through, job=job)
+
+    def start(self) -> Job:
+        for rank in self.ranks:
+            rank.ready()
+        for rank in self.ranks:
+            rank.peer.hear(Started)
+        return self
+
+    def committed(self, step: int) -> None:
+        """On every rank, and byte for byte."""
+        for rank in self.ranks:
+            settled = rank.settled(step)
+            assert (settled.outcome, settled.reason) == ("committed", "")
+        path = self.directory / f"checkpoint-{step}"
+        assert (path / FILE.path).read_bytes() == content(step)
+        assert (path / "README.md").read_bytes() == b"read me"
+        for rank in self.ranks:
+            assert (path / f"training_state/rank-{rank.rank}.json").read_bytes() == b"%d" % step
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.close()
+        self.wire.close()
+
+
+@contextlib.contextmanager
+def hosts(folder: Path, root: Path, names: str = "ab", *, lease_s: float = 30.0) -> Iterator[list[Host]]:
+    """The first one is the lead, on this machine's own /dev/shm."""
+    made: list[Host] = []
+    try:
+        for number, name in enumerate(names):
+            made.append(Host(name, folder, root, shared=number == 0, lease_s=lease_s))
+        yield made
+    finally:
+        for host in made:
+            host.stop()
