@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ def test_a_checkpoint_of_two_hosts_is_whole_and_nothing_is_left_after_the_goodby
             for rank in job.ranks:
                 rank.peer.say(Bye(seq=99))
             until(lambda: not lead.runs() and not relay.runs(), "no run in shared memory")
+            noted = lead.seen_from_here(links_path(lead.endpoint))
+            assert noted.stat().st_mode & 0o777 == 0o600  # with its keys
+            for host in (lead, relay):
+                host.saver.process.terminate()
+                host.saver.process.wait(30)
+                assert not host.seen_from_here("/dev/shm/async-ckpt-" + str(os.getuid())).exists()
         finally:
             job.close()
-    assert not links_path(lead.endpoint).exists()

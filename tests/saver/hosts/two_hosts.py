@@ -68,10 +68,10 @@ def possible() -> bool:
 
 
 class Host:
-    """One saver. `shared`: on this machine's own /dev/shm."""
+    """One saver."""
 
-    def __init__(self, name: str, folder: Path, root: Path, *, shared: bool, lease_s: float) -> None:
-        self.name, self._folder, self._root, self._shared = name, folder, root, shared
+    def __init__(self, name: str, folder: Path, root: Path, *, lease_s: float) -> None:
+        self.name, self._folder, self._root = name, folder, root
         self._options = ["--log-level", "debug", "--grace-s", "0", "--lease-s", f"{lease_s:g}"]
         self.endpoint = f"ipc://{folder}/{name}/saver.sock"
         (folder / name).mkdir(mode=0o700)
@@ -79,10 +79,10 @@ class Host:
 
     def start(self) -> None:
         """The namespace, and all that is in its shared memory, stays as long as the keeper lives."""
-        if not self._shared and not hasattr(self, "_keeper"):
+        if not hasattr(self, "_keeper"):
             self._keeper = subprocess.Popen([*_OWN_SHM, "sleep", "infinity"])
             until(lambda: self._device(self._keeper.pid) != os.stat("/dev/shm").st_dev, "a /dev/shm of its own")
-        wrapper = [] if self._shared else ["nsenter", "--mount", f"--target={self._keeper.pid}"]
+        wrapper = ["nsenter", "--mount", f"--target={self._keeper.pid}"]
         log = self._folder / f"{self.name}.log"
         self.saver = SaverProcess(self.endpoint, self._root, log, *self._options, wrapper=wrapper).up()
 
@@ -96,7 +96,7 @@ class Host:
 
     def seen_from_here(self, path: str | Path) -> Path:
         """`path` of the host's /dev/shm."""
-        return Path(path) if self._shared else Path(f"/proc/{self._keeper.pid}/root{path}")
+        return Path(f"/proc/{self._keeper.pid}/root{path}")
 
     def runs(self) -> list[Path]:
         folder = self.seen_from_here(f"/dev/shm/async-ckpt-{os.getuid()}")
@@ -106,9 +106,8 @@ class Host:
         if self.saver.process.poll() is None:
             self.saver.process.terminate()
             self.saver.process.wait(30)
-        if not self._shared:
-            self._keeper.kill()
-            self._keeper.wait()
+        self._keeper.kill()
+        self._keeper.wait()
 
     def _device(self, pid: int) -> int:
         try:
@@ -366,11 +365,11 @@ class Job:
 
 @contextlib.contextmanager
 def hosts(folder: Path, root: Path, names: str = "ab", *, lease_s: float = 30.0) -> Iterator[list[Host]]:
-    """The first one is the lead, on this machine's own /dev/shm."""
+    """The first one is to be the lead."""
     made: list[Host] = []
     try:
-        for number, name in enumerate(names):
-            made.append(Host(name, folder, root, shared=number == 0, lease_s=lease_s))
+        for name in names:
+            made.append(Host(name, folder, root, lease_s=lease_s))
         yield made
     finally:
         for host in made:
