@@ -40,6 +40,7 @@ from .plan import Plan, Selection, plan_checkpoint
 from .preemption import Preemption
 from .staging import Staging
 from .topology import Topology, discover
+from .trace import Trace, trace_path
 from .training_state import Stateful, make_parts
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def attach(
     files: Mapping[str, bytes] | None = None,
     verify_replicas: bool = False,
     preemption: bool = False,
+    trace: str | os.PathLike[str] | None = None,
 ) -> Checkpointer:
     """Prepare checkpoints of the PEFT adapter in `model`, or of the whole model if it is a transformers model without
     one; afterwards `save` costs next to nothing.
@@ -105,6 +107,10 @@ def attach(
     their optimizer steps alike, and attach in the main thread. The same signal more than 5 s later acts as it did
     before.
 
+    `trace`: a file that gets what ranks and saver did and when, as Chrome trace events for ui.perfetto.dev; else the
+    environment's ASYNC_CKPT_TRACE. An earlier file of that name is kept as `<name>.1`. Nothing that goes wrong with it
+    is more than a warning.
+
     Raises CheckpointError, on every rank with the same reason, saying what to change.
     """
     given = location_of(directory)
@@ -128,6 +134,9 @@ def attach(
     transport = transport_of(endpoint or embedded.endpoint)  # type: ignore[union-attr]
     keys = _read_keys() if transport.encrypted else None
 
+    traced = trace_path(trace)
+    tracer = Trace(traced, topology.rank, topology.job) if traced is not None else None
+
     def make_plan() -> Plan:
         parts = make_parts(optimizer, scheduler, scaler, stateful)
         selection = Selection(names, max_shard_size, weights)
@@ -135,7 +144,7 @@ def attach(
 
     def join() -> Joined:
         _attempts[path] += 1
-        identity = _Identity(options, f"{topology.job}:{_attempts[path]}", topology)
+        identity = _Identity(options, f"{topology.job}:{_attempts[path]}", topology, tracer is not None)
         if embedded is not None and topology.world > 1:  # alone, what cannot be planned is an error before any start
             threading.Thread(target=_start_early, args=(embedded,), name="async-ckpt-start", daemon=True).start()
         plan = _plan(make_plan, topology)
@@ -146,7 +155,12 @@ def attach(
             client.close()
             raise
 
-    joined = join()
+    with contextlib.ExitStack() as failing:
+        if tracer is not None:
+            tracer.open()  # rank 0 makes the file, so that it is there when the others have joined
+            failing.callback(tracer.close)
+        joined = join()
+        failing.pop_all()
     where = f"the saver's log, {embedded.log_path}" if embedded is not None else f"the log of the saver at {endpoint}"
     settings = Settings(path, given, topology.rank, when_busy, float(timeout_s), where)
     _attached.add(path)
@@ -157,6 +171,7 @@ def attach(
         preemption=Preemption() if preemption else None,
         rejoin=join,
         on_close=lambda: _attached.discard(path),
+        trace=tracer,
     )
 
 
@@ -177,6 +192,7 @@ class _Identity:
     options: Options
     job: str
     topology: Topology
+    trace: bool
 
 
 def _check_arguments(slots: int, when_busy: str, staging: str, timeout_s: float) -> None:
@@ -248,6 +264,7 @@ def _registration(identity: _Identity, plan: Plan) -> Register:
         layout=plan.layout if topology.rank == 0 else None,
         claims=plan.claims,
         versions=_versions() if topology.rank == 0 else {},
+        trace=identity.trace and topology.rank == 0,
     )
 
 

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import checkpoint_name
-from async_ckpt.core.protocol import SaveRecord, Settled
+from async_ckpt.core.protocol import SaveRecord, Settled, Traced, Word
 
 from . import restoring
 from .files import own_files
@@ -31,6 +31,7 @@ from .restore import Restored
 from .restoring import Found
 from .saves import Saves
 from .sharding import reshard
+from .trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Checkpointer:
         preemption: Preemption | None,
         rejoin: Callable[[], Joined],
         on_close: Callable[[], None],
+        trace: Trace | None = None,
     ) -> None:
         self._model = model
         self._settings = settings
@@ -62,7 +64,8 @@ class Checkpointer:
         self._newest_step = joined.started.newest_step  # no later save may go below
         self._closed = False
         self._preemption = preemption
-        self._saves = Saves(settings, joined)
+        self._trace = trace
+        self._saves = Saves(settings, joined, trace)
         self._use(joined)
         self._restored_or_warned = self._resume is None or settings.rank != 0
         self._hook = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before_step(optimizer))
@@ -114,7 +117,11 @@ class Checkpointer:
     def fence(self) -> None:
         """After this no copy reads a parameter any more. Every torch optimizer's `step`, and `load_state_dict`, call it
         by themselves; call it before anything else that writes into parameters in place, such as EMA swaps."""
+        traced = self._trace is not None and self._staging.copying
+        started_s = time.perf_counter()
         waited_s = self._staging.fence()
+        if traced and self._trace is not None and self._saves.last is not None:
+            self._trace.called("fence", self._saves.last.step, started_s)
         if self._saves.last is not None and waited_s > 0:
             self._saves.stats.add_stall(self._saves.last, waited_s)
 
@@ -173,6 +180,8 @@ class Checkpointer:
                 handle.wait(max(0.0, deadline_s - time.monotonic()))
             except CheckpointError as error:
                 log.error("%s", error)
+        if self._trace is not None and self.rank == 0 and self._saves.committed is not None:
+            self._trace.wait_heard(self._saves.committed.step)
         self._leave(None)
 
     def stats(self) -> dict[str, float]:
@@ -212,8 +221,15 @@ class Checkpointer:
             on_settled=self._settled,
             on_lost=self._on_lost,
             on_turn=self._preemption.on_turn if self._preemption is not None else lambda incarnation: None,
-            on_word=self._preemption.on_word if self._preemption is not None else lambda word: None,
+            on_word=self._on_word,
         )
+
+    def _on_word(self, word: Word) -> None:
+        if isinstance(word, Traced):
+            if self._trace is not None:
+                self._trace.heard(word)
+        elif self._preemption is not None:
+            self._preemption.on_word(word)
 
     def _renew(self) -> None:
         """Go on in a new run, with the layout that the model has now. The ranks' models change alike, so all of them
@@ -270,6 +286,8 @@ class Checkpointer:
         if self._preemption is not None:
             self._preemption.saved(handle, due=due, inferred=inferred)
         self._saves.stats.add_stall(handle, time.perf_counter() - started_s)
+        if self._trace is not None:
+            self._trace.called("save", handle.step, started_s)
         return handle
 
     def _save_if_due(self) -> None:
@@ -321,6 +339,8 @@ class Checkpointer:
             if handle.end("failed", "the checkpointer was closed before the outcome was known; the saver goes on"):
                 self._saves.stats.ended(handle)
                 log.warning("step %d: closed before its outcome was known; the saver goes on with it", handle.step)
+        if self._trace is not None:
+            self._trace.close()
 
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:

@@ -27,7 +27,6 @@ from async_ckpt.core.protocol import (
     LayoutWanted,
     Ping,
     Pong,
-    PromiseWanted,
     Ready,
     Refuse,
     Refused,
@@ -37,7 +36,7 @@ from async_ckpt.core.protocol import (
     Skipped,
     Staged,
     Started,
-    StopAfter,
+    Word,
     check_sendable,
     decode_from_saver,
     encode,
@@ -80,7 +79,7 @@ class Client:
         self._on_settled: Callable[[Settled], None] = lambda settled: None
         self._on_lost: Callable[[str], None] = lambda reason: None
         self._on_turn: Callable[[str | None], None] = lambda incarnation: None
-        self._on_word: Callable[[PromiseWanted | StopAfter], None] = lambda word: None
+        self._on_word: Callable[[Word], None] = lambda word: None
         self._inbox: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._sequence = 0
@@ -109,11 +108,11 @@ class Client:
         on_settled: Callable[[Settled], None],
         on_lost: Callable[[str], None],
         on_turn: Callable[[str | None], None],
-        on_word: Callable[[PromiseWanted | StopAfter], None],
+        on_word: Callable[[Word], None],
     ) -> None:
         """From now on these are called in the client's thread: `on_settled` at least once for each expected step;
         `on_lost` if the saver says that it no longer knows this run; `on_turn` with the saver's incarnation, once a
-        second at least and after each `wake`; `on_word` with what the saver says about a preemption."""
+        second at least and after each `wake`; `on_word` with what else the saver says."""
         self._on_settled, self._on_lost, self._on_turn, self._on_word = on_settled, on_lost, on_turn, on_word
 
     def register(self, message: Register, layout: Layout, timeout_s: float) -> Granted:
@@ -315,7 +314,7 @@ class Client:
             self._receive(Refused(reason=message.reason))
         elif isinstance(message, Rejected):
             log.error("the saver at %s understood nothing of a message: %s", self.endpoint, message.reason)
-        elif isinstance(message, PromiseWanted | StopAfter):
+        elif isinstance(message, Word):
             self._on_word(message)
         elif isinstance(message, LayoutWanted):
             if self._pending is not None and self._pending.layout is not None:

@@ -17,6 +17,7 @@ from .joined import Joined, Settings
 from .mapped import Slot
 from .staging import Copy, MakeRecord
 from .stats import Stats
+from .trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,14 @@ class Saves:
     `lost`: why no save can succeed any more.
     """
 
-    def __init__(self, settings: Settings, joined: Joined) -> None:
+    def __init__(self, settings: Settings, joined: Joined, trace: Trace | None = None) -> None:
         self.stats = Stats()
         self.open: dict[int, SaveHandle] = {}
         self.last: SaveHandle | None = None
         self.committed: SaveHandle | None = None
         self.lost: str | None = None
         self._settings = settings
+        self._trace = trace
         self._stuck: SaveHandle | None = None  # the occupant of a slot that was waited for in vain
         self._failed: list[SaveHandle] = []  # since take_failed()
         self.use(joined)
@@ -95,6 +97,8 @@ class Saves:
         free = occupant.wait_released(0.0 if hopeless else self._settings.timeout_s)
         self._stuck = None if free else occupant
         self.stats.busy_wait_s += time.perf_counter() - started_s
+        if self._trace is not None:
+            self._trace.called("wait for slot", handle.step, started_s)
         if not free:
             held = f"slot {slot.index} still holds step {occupant.step}"
             if self._client.pulse.silent():
@@ -120,11 +124,15 @@ class Saves:
             self._end(handle, "failed", self.lost)
             handle.release()
             return
+        if self._trace is not None:
+            self._trace.began(handle.step, slot.index)
         try:
             copy = self._staging.begin(slot, handle.step, self._record_maker(record), self._copied)
         except Exception as error:
             if not isinstance(error, CheckpointError):
                 log.exception("step %d could not be staged", handle.step)
+            if self._trace is not None:
+                self._trace.not_begun(handle.step)
             self._fail(slot, handle, str(error) or repr(error))
         else:
             handle.begin(copy)
@@ -154,6 +162,8 @@ class Saves:
             self.stats.ended(handle)
             if outcome == "failed":
                 self._failed.append(handle)
+            if self._trace is not None:
+                self._trace.not_saved(handle.step, outcome, reason)
             log.log(logging.ERROR if outcome == "failed" else logging.WARNING,
                     "step %d was not saved (%s): %s", handle.step, outcome, reason)  # fmt: skip
 
@@ -161,6 +171,9 @@ class Saves:
 
     def _copied(self, copy: Copy) -> None:
         handle = self.open.get(copy.step)
+        if self._trace is not None:
+            error = None if copy.error is None else str(copy.error) or repr(copy.error)
+            self._trace.copied(copy.step, copy.started_s, copy.ended_s, error)
         if copy.error is not None:
             expected = isinstance(copy.error, CheckpointError)
             if not expected:
@@ -187,6 +200,8 @@ class Saves:
         handle = self.open.pop(settled.step, None)
         if handle is None:
             return
+        if self._trace is not None:
+            self._trace.settled(settled)
         if settled.outcome == "committed":
             # Whoever waits for the handle may go on at once: to restore it, or to save into its slot.
             self.committed = handle

@@ -37,7 +37,7 @@ MakeRecord = Callable[[], SaveRecord | None]  # called in the staging thread: en
 
 class Copy:
     """One snapshot on its way into a slot: `copied` when no parameter is read any more, `done` when the journal says
-    that it is staged. `error` and `copy_s` are valid once `done` is set."""
+    that it is staged. `error`, `copy_s` and `ended_s` are valid once `done` is set."""
 
     def __init__(self, slot: Slot, step: int, make_record: MakeRecord, on_done: Callable[[Copy], None]) -> None:
         self.slot = slot
@@ -46,6 +46,7 @@ class Copy:
         self.make_record = make_record
         self.started_s = time.perf_counter()
         self.copy_s = 0.0
+        self.ended_s = 0.0
         self.error: BaseException | None = None
         self.copied = threading.Event()
         self.done = threading.Event()
@@ -176,6 +177,11 @@ class Staging:
         self.fenced_since_s = None
         return time.perf_counter() - started_s
 
+    @property
+    def copying(self) -> bool:
+        """Whether a snapshot has begun since the last fence."""
+        return bool(self._in_flight)
+
     def _batch(self, slot: Slot, indices: Sequence[int]) -> Batch:
         return [slot.targets[index] for index in indices], [self._shards[index].local() for index in indices]
 
@@ -249,6 +255,7 @@ class Staging:
         except Exception as error:  # reported through the handle; training goes on
             copy.error = error
         copy.copied.set()
+        copy.ended_s = time.perf_counter()
         copy.done.set()
         copy.on_done(copy)
 

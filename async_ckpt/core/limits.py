@@ -31,6 +31,7 @@ MAX_ADDRESS_CHARS = 512  # of an endpoint, or of an address to bind
 KEY_CHARS = 40  # of a CURVE key: 32 bytes in Z85; it has these or none
 MAX_NAME_CHARS = 4096  # of a job, a layout hash, a version
 MAX_REASON_CHARS = 16_384  # the one text that is cut: why a step failed has to arrive
+MAX_SPANS = 4096  # of what a saver tells of one step
 MAX_UNSETTLED = 256  # steps that a rank asks about at once; it has at most MAX_SLOTS open
 MAX_SEQUENCE = 2**63 - 1
 MAX_STEP = 10**18 - 1  # steps end up in int64 tensors and file names; 18 digits keep both safe

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from .clock import Clock
 from .errors import CheckpointError
 from .limits import (
     MAX_MESSAGE_BYTES,
     MAX_SEQUENCE,
     MAX_SLOTS,
+    MAX_SPANS,
     MAX_STEP,
     MAX_UNSETTLED,
 )
@@ -57,7 +59,8 @@ class LeadWanted(_Message, frozen=True):
 
 class Register(_Message, frozen=True):
     """First word of a rank. `layout` comes from rank 0; the others send its hash only. `shm` tells which /dev/shm the
-    rank sees: `slots.shm_identity`. `lead` is None on the host of rank 0; elsewhere the rank's saver relays to it."""
+    rank sees: `slots.shm_identity`. `lead` is None on the host of rank 0; elsewhere the rank's saver relays to it.
+    `trace`, of rank 0: it wants a `Traced` of each step that was to be committed."""
 
     protocol: int
     options: Options
@@ -71,6 +74,7 @@ class Register(_Message, frozen=True):
     claims: Claims
     versions: Annotated[dict[Name, Name], msgspec.Meta(max_length=64)]
     lead: Lead | None = None
+    trace: bool = False
 
 
 class LayoutSent(_Message, frozen=True):
@@ -222,6 +226,25 @@ class Settled(_Message, frozen=True):
     commit_s: float = 0.0
 
 
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Something that the saver did, in nanoseconds of its monotonic clock."""
+
+    name: str
+    start_ns: int
+    stop_ns: int
+
+
+class Traced(_Message, frozen=True):
+    """What the saver did for one step, said when it is done with it, so after `Settled`; lost with the saver. Spans
+    follow each other, or lie within one that is named before them."""
+
+    step: int
+    outcome: Literal["committed", "failed"]
+    pid: int
+    clock: Clock
+    spans: Annotated[list[Span], msgspec.Meta(max_length=MAX_SPANS)]
+
+
 class Pong(_Message, frozen=True):
     """`incarnation` differs after a restart of the saver; `known` is False if it holds no run of this rank."""
 
@@ -245,20 +268,8 @@ class Status(_Message, frozen=True):
     report: bytes
 
 
-FromSaver = (
-    LayoutWanted
-    | Granted
-    | Started
-    | Refused
-    | Rejected
-    | Ack
-    | Settled
-    | Pong
-    | PromiseWanted
-    | StopAfter
-    | Status
-    | LeadOpen
-)
+Word = PromiseWanted | StopAfter | Traced  # what answers nothing, and concerns more than one step or none
+FromSaver = LayoutWanted | Granted | Started | Refused | Rejected | Ack | Settled | Pong | Status | LeadOpen | Word
 
 _encoder = msgspec.msgpack.Encoder()
 _from_rank = msgspec.msgpack.Decoder(FromRank)

@@ -76,6 +76,7 @@ class RunRecord(msgspec.Struct, frozen=True):
 
     `started` is what the ranks were told when all of them were ready; None until then. `peers` are the ranks whose
     saver keeps this journal: of a run on several hosts the lead's has all, a relay's those of its host, and `lead`.
+    `trace`: as in `Register`.
     """
 
     job: str
@@ -86,6 +87,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     versions: dict[str, str]
     started: Started | None = None
     lead: Lead | None = None
+    trace: bool = False
 
 
 def shm_root() -> Path:

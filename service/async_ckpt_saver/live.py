@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -38,6 +39,8 @@ from .run import Action, Commit, Report, Run
 from .services import Services
 from .status import Chronicle, RunState, RunStatus, run_status
 from .storage import Committed
+from .tracing import RunTrace, StepTrace
+from .writer import CommitResult
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class LiveRun:
         self._on_fail = on_fail
         self._machine = Run(image.record.options.world)
         self._chronicle = Chronicle(services.loop.time, lambda save: services.on_settled(save))
+        self._trace = RunTrace() if image.record.trace else None
         self._agreement = Agreement(image.record.options.world)
         self._ready: set[int] = set()
         self._closed: set[int] = set()
@@ -152,6 +156,8 @@ class LiveRun:
         elif isinstance(message, Ready):
             self._rank_ready(rank)
         elif isinstance(message, Staged):
+            if self._trace is not None:
+                self._trace.step(message.step).staged(rank)
             self._catch_up(rank, message.step)
             self._perform(self._machine.report(rank, message.slot, message.step, "staged"))
         elif isinstance(message, Skipped | Failed):
@@ -262,12 +268,18 @@ class LiveRun:
                 self.tell_all(settled)
 
     async def _commit(self, order: Commit) -> None:
+        trace = self._trace.step(order.step) if self._trace is not None else None
         try:
             job = self.image.commit_job(order)
             still_whole = self.image.states[order.slot].complete_step
-            result = await self._services.in_thread(
-                lambda: self._storage.commit_once(job, lambda: still_whole() == order.step)
-            )
+
+            def commit() -> CommitResult:
+                if trace is None:
+                    return self._storage.commit_once(job, lambda: still_whole() == order.step)
+                with trace.committing():
+                    return self._storage.commit_once(job, lambda: still_whole() == order.step, trace.mark)
+
+            result = await self._services.in_thread(commit)
         except Exception as error:  # whatever it is, training and the next save go on
             self._chronicle.commit_failed(order.step, error)
             if not isinstance(error, CheckpointError):
@@ -286,13 +298,20 @@ class LiveRun:
             )
             self._perform(self._machine.commit_done(order.step, settled))
             self._on_commit()
-            await self._retain()
+            await self._retain(trace)
+        if self._trace is not None:
+            self._send(0, self._trace.take(order.step))
         self._maybe_end()
 
-    async def _retain(self) -> None:
+    async def _retain(self, trace: StepTrace | None) -> None:
         policy = self.image.record.options.policy
+
+        def retain() -> None:
+            with trace.retaining() if trace is not None else contextlib.nullcontext():
+                self._storage.retain(policy)
+
         try:
-            await self._services.in_thread(lambda: self._storage.retain(policy))
+            await self._services.in_thread(retain)
         except (OSError, CheckpointError) as error:
             log.error("retention in %s failed: %s", self.image.directory, error)
 

@@ -15,6 +15,7 @@ from async_ckpt.core import manifest
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.retention_policy import Policy
 
+from .datafile import StepHook
 from .filesystem import fsync_directory
 from .recovery import commit_once
 from .retention import apply_policy
@@ -49,10 +50,12 @@ class LocalStorage:
             with below_root(self.directory, self._root) as place:
                 sweep(place)
 
-    def commit_once(self, job: CommitJob, still_whole: Callable[[], bool]) -> CommitResult:
+    def commit_once(
+        self, job: CommitJob, still_whole: Callable[[], bool], step_hook: StepHook = lambda name: None
+    ) -> CommitResult:
         with below_root(self.directory, self._root) as place:
             try:
-                result = commit_once(msgspec.structs.replace(job, directory=place), still_whole)
+                result = commit_once(msgspec.structs.replace(job, directory=place), still_whole, step_hook)
             except CommitError as error:
                 error.reason = error.reason.replace(place, self.directory)  # the name that people know
                 error.args = (error.reason,)

@@ -18,7 +18,7 @@ from async_ckpt.core.manifest import MANIFEST_NAME, checkpoint_name
 from async_ckpt.core.objects import Object, Objects
 from async_ckpt.core.retention_policy import Policy
 
-from .datafile import Written
+from .datafile import StepHook, Written
 from .multipart import upload_bytes, upload_image_file
 from .object_collection import abort_uploads, clear_step, collect_leftovers, remove_step
 from .reservation import Held, Reservations
@@ -77,10 +77,12 @@ class ObjectStorage:
             except CheckpointError as error:
                 log.error("retention in %s: %s", self._url, error)
 
-    def commit_once(self, job: CommitJob, still_whole: Callable[[], bool]) -> CommitResult:
+    def commit_once(
+        self, job: CommitJob, still_whole: Callable[[], bool], step_hook: StepHook = lambda name: None
+    ) -> CommitResult:
         try:
             check_files(job)
-            return _Commit(self._url, job, still_whole).run()
+            return _Commit(self._url, job, still_whole, step_hook).run()
         except CommitError:
             raise
         except Exception as error:
@@ -92,10 +94,11 @@ class ObjectStorage:
 class _Commit:
     """One attempt to put one step there."""
 
-    def __init__(self, url: Url, job: CommitJob, still_whole: Callable[[], bool]) -> None:
+    def __init__(self, url: Url, job: CommitJob, still_whole: Callable[[], bool], step_hook: StepHook) -> None:
         self._url = url
         self._job = job
         self._still_whole = still_whole
+        self._step_hook = step_hook
         self._attempts = Attempts(job.timeout_s)
         self._objects = Objects(url, self._attempts)
         self._reservations = Reservations(self._objects, url)
@@ -104,6 +107,7 @@ class _Commit:
     def run(self) -> CommitResult:
         started_s = time.perf_counter()
         job = self._job
+        self._step_hook("reserve")
         held = self._reservations.take(job.step, job.run, "commit", job.timeout_s, self._attempts)
         try:
             before = self._committed_before(held)
@@ -115,6 +119,7 @@ class _Commit:
         except BaseException:
             self._tidy(held)
             raise
+        self._step_hook("release")
         self._release(held)
         return CommitResult(
             path=str(self._folder),
@@ -148,14 +153,17 @@ class _Commit:
         written = {}
         for path in self._job.files:
             before_part()
+            self._step_hook(f"write:{path}")
             key = (self._folder / path).key
             written[path] = upload_image_file(self._objects, key, self._job.image, path, before_part)
         for path, data in self._job.documents.items():
             before_part()
+            self._step_hook(f"write:{path}")
             written[path] = upload_bytes(self._objects, (self._folder / path).key, data)
         return written
 
     def _publish(self, written: dict[str, Written], held: Held) -> None:
+        self._step_hook("list")
         if self._attempts.retries:  # an upload that was given up may not have been aborted
             abort_uploads(self._objects, self._folder)
         there = self._objects.walk(self._folder.key)
@@ -166,6 +174,7 @@ class _Commit:
             raise CheckpointError(f"the slot of step {self._job.step} was taken by another step while it was read")
         if held.expired:
             raise self._too_slow()
+        self._step_hook("manifest")
         data = manifest_of(self._job, written)
         if not self._objects.create((self._folder / MANIFEST_NAME).key, data):
             raise self._taken(f"{self._folder} exists already")

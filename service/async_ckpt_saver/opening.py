@@ -16,7 +16,9 @@ def record_of(registration: Registration, grant: Grant) -> RunRecord:
         for rank in range(registration.options.world)
     ]
     files = [*(file.path for file in grant.layout.files), *grant.layout.documents]
-    return RunRecord(registration.job, registration.options, files, peers, first.launcher, first.versions)
+    return RunRecord(
+        registration.job, registration.options, files, peers, first.launcher, first.versions, trace=first.trace
+    )
 
 
 def remote_shares(registration: Registration, grant: Grant) -> dict[int, list[Span]]:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import read_manifest
 
+from .datafile import StepHook
 from .writer import AlreadyCommittedError, CommitJob, CommitResult, commit, sweep
 
 
-def commit_once(job: CommitJob, still_whole: Callable[[], bool]) -> CommitResult:
+def commit_once(
+    job: CommitJob, still_whole: Callable[[], bool], step_hook: StepHook = lambda name: None
+) -> CommitResult:
     """Like `commit`, but a checkpoint that this very run committed counts: its name is made durable, `latest` moved.
 
     `still_whole` is asked when every byte has been read, before the checkpoint gets its name: a rank says so in the
@@ -19,6 +22,7 @@ def commit_once(job: CommitJob, still_whole: Callable[[], bool]) -> CommitResult
     """
 
     def check(name: str) -> None:
+        step_hook(name)
         if name == "rename" and not still_whole():
             raise CheckpointError(f"the slot of step {job.step} was taken by another step while it was read")
 

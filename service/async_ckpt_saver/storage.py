@@ -9,6 +9,7 @@ import msgspec
 
 from async_ckpt.core.retention_policy import Policy
 
+from .datafile import StepHook
 from .writer import CommitJob, CommitResult
 
 
@@ -38,11 +39,14 @@ class Storage(Protocol):
     def sweep(self) -> None:
         """Bring it to the state that an unkilled saver leaves. What others are at work on is left alone."""
 
-    def commit_once(self, job: CommitJob, still_whole: Callable[[], bool]) -> CommitResult:
+    def commit_once(
+        self, job: CommitJob, still_whole: Callable[[], bool], step_hook: StepHook = lambda name: None
+    ) -> CommitResult:
         """Write `job`, whose directory is ours; when this returns the checkpoint is whole and survives power loss.
 
         `still_whole` is asked when every byte has been read, before the checkpoint can be seen: False is a failure. A
-        checkpoint that this very run has committed already counts. Raises CommitError, and then nothing can be seen.
+        checkpoint that this very run has committed already counts. `step_hook` is told what is about to be done: a kind
+        and a file, "write:model.safetensors". Raises CommitError, and then nothing can be seen.
         """
 
     def newest(self) -> tuple[int, str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +168,11 @@ async def test_a_slot_that_is_taken_while_it_is_read_is_not_published(endpoint: 
     granted = await saver.start(root / "run", "A")
     original = local_storage.commit_once
 
-    def overtaken(job: Any, still_whole: Callable[[], bool]) -> Any:
+    def overtaken(job: Any, *rest: Any) -> Any:
         state = StateFile(SlotPaths(Path(granted.run), 0).state)
         state.mark(0, Phase.WRITING, 3)
         state.close()
-        return original(job, still_whole)
+        return original(job, *rest)
 
     local_storage.commit_once = overtaken
     try:

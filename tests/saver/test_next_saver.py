@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +217,7 @@ async def test_a_save_skipped_for_want_of_a_slot_does_not_cost_the_step_in_it(en
     started, release = threading.Event(), threading.Event()
     original = local_storage.commit_once
 
-    def stuck(job: Any, still_whole: Callable[[], bool]) -> Any:
+    def stuck(job: Any, *rest: Any) -> Any:
         started.set()
         assert release.wait(30)
         raise OSError("this saver is dead")

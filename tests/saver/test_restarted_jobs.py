@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,9 @@ async def test_a_job_waits_for_the_last_commit_of_the_dead_one_before_it(endpoin
     original, waits = local_storage.commit_once, desk._CONFLICT_S
     desk._CONFLICT_S = 0.0
 
-    def stuck(job: Any, still_whole: Callable[[], bool]) -> Any:
+    def stuck(job: Any, *rest: Any) -> Any:
         assert release.wait(30)
-        return original(job, still_whole)
+        return original(job, *rest)
 
     local_storage.commit_once = stuck
     try:

@@ -112,7 +112,7 @@ class Line:
 
 @pytest.mark.parametrize(
     ("words", "breaks", "window_bytes", "every"),
-    [(2, 1, 1, 40), (2, 1, 1 << 20, 40), *(pytest.param(3, 2, window, 1, marks=pytest.mark.full) for window in (1, 99))],
+    [(2, 1, 1, 40), (2, 1, 1 << 20, 40), *(pytest.param(3, 2, size, 1, marks=pytest.mark.full) for size in (1, 99))],
 )
 def test_whatever_is_lost_is_said_again(words: int, breaks: int, window_bytes: int, every: int) -> None:
     """`every`: how many of the states are brought to their end."""
