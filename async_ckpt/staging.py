@@ -20,11 +20,12 @@ import msgspec
 import torch
 import xxhash
 
+from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.protocol import SaveRecord
 from async_ckpt.core.slots import Phase
 
 from .batch import Batch, Prepared
-from .lookup import Lookup
+from .lookup import Lookup, Trusted, moved
 from .mapped import Part, Slot
 from .sharding import Shard
 
@@ -56,6 +57,7 @@ class Copy:
         self.held: list[Batch] = []
         self.host: Batch | None = None  # what the staging thread copies; None: `views`, and the optimizer's state
         self.views: list[torch.Tensor] = []  # of the parameters, as they lay when `save` was called
+        self.trusted: Trusted = []  # of them, what is only taken to lie there
 
 
 class _Group:
@@ -110,6 +112,7 @@ class Staging:
         self.fenced_since_s: float | None = None  # the training thread waits in `fence` since then
         self._streams: dict[torch.device, Any] = {}
         self._settled = False
+        self._exact = False  # addresses have to be compared in `begin`: somebody moves storage and keeps the tensor
         # Made now, since making a stream later may synchronise the device.
         devices = {shard.local().device for shard in self._shards}
         for device in sorted((device for device in devices if device.type == "cuda"), key=str):
@@ -142,7 +145,8 @@ class Staging:
         buffers = self._batch(slot, self._buffers)
         if self._thread_may_check():
             # As they lie now, though the thread has not begun: what moves afterwards is saved as it was.
-            copy.views, others = self._parameters.lookup.views(), None
+            copy.views, others = self._parameters.lookup.views(exact=self._exact), None
+            copy.trusted = [] if self._exact else self._parameters.lookup.trusted
         else:
             others = self._checked(slot, self._parameters.lookup.views())
         slot.state.mark(self._rank, Phase.WRITING, step)
@@ -260,8 +264,15 @@ class Staging:
         copy.on_done(copy)
 
     def _finish(self, copy: Copy) -> None:
+        if moved(copy.trusted):
+            # Before or after `save` was called? Whoever does that may do it again: from now on `begin` looks.
+            self._exact = True
+            raise CheckpointError(
+                "the storage of a sharded parameter's local tensor was exchanged since the last save (`local.data = "
+                "...`, `local.set_(...)`), before save() or behind it, which nobody can tell now; the next save can"
+            )
         host = self._checked(copy.slot, copy.views).host if copy.host is None else copy.host
-        copy.views = []
+        copy.views, copy.trusted = [], []
         _foreach_copy(host, non_blocking=False)
         if not self._replicated:  # else they are read once more below
             copy.copied.set()

@@ -62,7 +62,8 @@ class DTensorShard(Shard):
         return state._local_tensor.detach() if isinstance(state, DTensor) else state.detach()
 
     def watch(self) -> Watch:
-        return Watch(self._parameter, "_local_tensor", ((self._module._parameters, self._attribute, self._parameter),))
+        held = ((self._module._parameters, self._attribute, self._parameter),)
+        return Watch(self._parameter, "_local_tensor", held, swaps=True)
 
     def local(self) -> torch.Tensor:
         parameter = self._parameter

@@ -18,13 +18,15 @@ class Watch(NamedTuple):
 
     The address of `owner`, or of the tensor that it has as `attribute`, tells whether the storage has moved. `held`
     are dicts, keys in them, and the values that they have to hold: else something was replaced. `whole` are dicts whose
-    values all have to stay, for those whose keys are tensors: these hash in Python.
+    values all have to stay, for those whose keys are tensors: these hash in Python. `swaps`: whatever torch does that
+    moves the storage puts another tensor into `attribute`, so while that is the same object nothing has moved.
     """
 
     owner: Any
     attribute: str | None
     held: tuple[tuple[dict[Any, Any], Hashable, object], ...]
     whole: tuple[dict[Any, Any], ...] = ()
+    swaps: bool = False
 
 
 @dataclass(frozen=True)
