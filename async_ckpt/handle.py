@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Literal
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.location import Location
+from async_ckpt.core.manifest import checkpoint_name
 from async_ckpt.core.protocol import Settled
 from async_ckpt.core.slots import Phase
 
+from .latch import Latch
 from .staging import Copy
 
 State = Literal["staging", "staged", "committed", "skipped", "failed"]
@@ -24,7 +25,7 @@ class SaveHandle:
     once it has happened, None before: `copy_s` (this rank's copy), `write_s` and `commit_s` (the saver's), `bytes`.
     """
 
-    def __init__(self, step: int, path: Location, timeout_s: float) -> None:
+    def __init__(self, step: int, directory: Location, timeout_s: float) -> None:
         self.step = step
         self.stall_s = 0.0
         self.started_s = time.perf_counter()
@@ -32,14 +33,14 @@ class SaveHandle:
         self.write_s: float | None = None
         self.commit_s: float | None = None
         self.bytes: int | None = None
-        self._path = path
+        self._directory = directory
         self._timeout_s = timeout_s
         self._copy: Copy | None = None
         self._final: State | None = None
         self._reason = ""
         self._reported = False
-        self._ended = threading.Event()
-        self._released = threading.Event()
+        self._ended = Latch()
+        self._released = Latch()
 
     def __repr__(self) -> str:
         return f"<SaveHandle step={self.step} {self.state}>"
@@ -73,7 +74,7 @@ class SaveHandle:
         if not self._ended.wait(self._limit_s(timeout_s)):
             raise self._too_late("committed", timeout_s)
         self._raise_if_lost()
-        return self._path
+        return self._directory / checkpoint_name(self.step)
 
     # --- for the checkpointer --------------------------------------------------------------------------------------
 

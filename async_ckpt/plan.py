@@ -169,17 +169,19 @@ def save_record(
         msgspec.msgpack.encode(plain)
     except (OverflowError, ValueError) as error:
         raise CheckpointError(f"metrics cannot be stored: {error}; give 64-bit numbers and valid text") from error
-    try:
-        # Through JSON and back: what the caller changes afterwards is not ours.
-        copied = msgspec.json.decode(msgspec.json.encode(extra))
-        check_depth(copied, "extra")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"extra cannot be written as JSON: {error}; give dicts, lists, numbers, strings"
-        ) from error
+    copied = None
+    if extra is not None:
+        try:
+            # Through JSON and back: what the caller changes afterwards is not ours.
+            copied = msgspec.json.decode(msgspec.json.encode(extra))
+            check_depth(copied, "extra")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"extra cannot be written as JSON: {error}; give dicts, lists, numbers, strings"
+            ) from error
     record = SaveRecord(step, plain, copied, dict(files or {}))
     try:
-        msgspec.msgpack.encode(record)
+        msgspec.msgpack.encode(copied)
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"extra holds what cannot be stored: {error}; numbers have at most 64 bits") from error
     return record

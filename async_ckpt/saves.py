@@ -9,7 +9,6 @@ from typing import Literal
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.manifest import checkpoint_name
 from async_ckpt.core.protocol import Failed, SaveRecord, Settled, Skipped, Staged
 
 from .handle import SaveHandle
@@ -80,7 +79,7 @@ class Saves:
 
     def _new(self, step: int) -> SaveHandle:
         self.stats.saves += 1
-        self.last = SaveHandle(step, self._settings.given / checkpoint_name(step), self._settings.timeout_s)
+        self.last = SaveHandle(step, self._settings.given, self._settings.timeout_s)
         return self.last
 
     def _slot_free(self, slot: Slot, handle: SaveHandle, when_busy: Literal["wait", "skip"]) -> bool:

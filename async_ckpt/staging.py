@@ -25,6 +25,7 @@ from async_ckpt.core.protocol import SaveRecord
 from async_ckpt.core.slots import Phase
 
 from .batch import Batch, Prepared
+from .latch import Latch
 from .lookup import Lookup, Trusted, moved
 from .mapped import Part, Slot
 from .sharding import Shard
@@ -49,8 +50,8 @@ class Copy:
         self.copy_s = 0.0
         self.ended_s = 0.0
         self.error: BaseException | None = None
-        self.copied = threading.Event()
-        self.done = threading.Event()
+        self.copied = Latch()
+        self.done = Latch()
         # torch.cuda.Event, recorded on the device's side stream after the copy; and what that copy reads, which must
         # not be freed before: the allocator knows nothing of the side stream.
         self.device_events: list[tuple[torch.device, Any]] = []
