@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ except ImportError as _error:
 
 from async_ckpt import CheckpointError, attach
 from async_ckpt.checkpointer import Checkpointer
+from async_ckpt.notices import SIGNALS
 from async_ckpt.plain import from_plain, to_plain
 from async_ckpt.rng import read_rng, restore_rng
 
@@ -42,6 +44,9 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
     state_dict, as torchdata's StatefulDataLoader; other loaders begin their epoch anew. `options`: more arguments of
     `async_ckpt.attach`. `checkpointer`: while `fit` runs, for its `stats()`.
 
+    With `preemption=True` a SIGTERM or SIGUSR1 on any rank ends training after one optimizer step, the same on all
+    ranks, which is saved; no validation runs any more, `fit` returns, and `preempted` is True.
+
     A save that fails is logged, and training goes on. `fit` raises CheckpointError before the first batch if something
     cannot be saved, or if a checkpoint is there that `resume=False` would have to overwrite.
     """
@@ -59,6 +64,7 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
             raise CheckpointError(f"every_n_steps={every_n_steps}: give a number of steps above 0, or None")
         self.directory = Path(directory)
         self.checkpointer: Checkpointer | None = None
+        self.preempted = False
         self._every_n_steps = every_n_steps
         self._every_epoch = every_epoch
         self._resume = resume
@@ -66,12 +72,13 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
         self._resumed_rng: dict[str, Any] | None = None
         self._place: dict[str, Any] | None = None  # Lightning's state of its loops, since the last batch
         self._due = False
+        self._limits: tuple[Any, Any, Any] = (None, None, None)  # of the trainer, before a preemption
 
     # --- the span of one fit ---------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Model and optimizers are wrapped by now, and the loops have not begun."""
-        self._place, self._due = None, False
+        self._place, self._due, self.preempted = None, False, False
         model = trainer.strategy.model
         stateful = dict(self._options.get("stateful", {}))
         loaders = _Loaders(trainer)
@@ -99,7 +106,21 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
             raise CheckpointError(f"{self.directory} holds checkpoint-{self.checkpointer.next_step - 1}: resume, or "
                                   f"choose another directory")  # fmt: skip
 
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        self._take_signals()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._take_signals()
+
+    def _take_signals(self) -> None:
+        if self._options.get("preemption"):
+            for number in SIGNALS:
+                signal.signal(number, _without_lightnings(signal.getsignal(number)))
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.preempted:
+            loop = trainer.fit_loop
+            trainer.limit_val_batches, loop.min_epochs, loop.epoch_loop.min_steps = self._limits
         if self.checkpointer is not None:
             self.checkpointer.close()
             self.checkpointer = None
@@ -120,11 +141,22 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
         """The place in the loops is always one like here, for Lightning resumes from such places best; but what is due
         with the last batch of an epoch waits until the epoch is over: schedulers like ReduceLROnPlateau step then."""
         self._place = trainer.fit_loop.state_dict()
+        if self.checkpointer is not None and not self.preempted and self.checkpointer.preempted:
+            self._stop(trainer)
         if self._every_n_steps is not None and trainer.global_step % self._every_n_steps == 0:
             if trainer.is_last_batch:
                 self._due = True
             else:
                 self._save(trainer)
+
+    def _stop(self, trainer: Any) -> None:
+        """At the step that all ranks stop after, with nothing more to do than to save it."""
+        self.preempted = trainer.should_stop = True
+        loop = trainer.fit_loop
+        self._limits = trainer.limit_val_batches, loop.min_epochs, loop.epoch_loop.min_steps
+        trainer.limit_val_batches, loop.min_epochs, loop.epoch_loop.min_steps = 0, None, None  # they would go on
+        if not trainer.is_last_batch:  # else when the epoch is over, as ever
+            self._save(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if self._due or self._every_epoch:
@@ -143,6 +175,16 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
         loops = {**self._place, "state_dict": inner}
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         self.checkpointer.save(step, metrics=metrics, extra={_LOOPS: to_plain("loops", loops)})
+
+
+def _without_lightnings(handler: Any) -> Any:
+    """What is left of a signal handler without Lightning's part, which runs a collective there, on the signalled ranks
+    alone, and ends training by an exception."""
+    parts = getattr(handler, "signal_handlers", None)
+    if parts is None:
+        return handler
+    others = [part for part in parts if not type(getattr(part, "__self__", None)).__module__.startswith("lightning.")]
+    return others[-1] if others else signal.SIG_DFL
 
 
 class _Schedulers:

@@ -10,11 +10,14 @@ newest one, so they change all at once, when it is whole and durable.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import logging
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ except ImportError as _error:
     raise missing("llama_cookbook", _error) from _error
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from async_ckpt import CheckpointError, SaveHandle, attach
 from async_ckpt.checkpointer import Checkpointer
@@ -46,6 +50,8 @@ def patch(**options: Any) -> None:
 
     Guarantee: nothing is gathered; `output_dir` always holds a whole adapter, of one step, once it held one. A save
     that fails is logged, and training goes on. Other savers of llama-cookbook, for full models, stay as they are.
+    With `preemption=True` a SIGTERM or SIGUSR1 on any rank ends `train` after one optimizer step, the same on all
+    ranks, and its adapter is saved; `train` then returns no results. Without `save_model`, signals do what they did.
     Raises ImportError if this llama-cookbook has no such functions.
     """
     for name in ("save_peft_checkpoint", "train"):
@@ -57,14 +63,23 @@ def patch(**options: Any) -> None:
 
     @functools.wraps(train)
     def train_and_wait(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(train).bind(*args, **kwargs).arguments
         with saves:
-            return train(*args, **kwargs)
+            try:
+                with saves.until_preempted(given["model"], given["train_config"]):
+                    return train(*args, **kwargs)
+            except _PreemptedError:
+                return {}
 
     train_utils.save_peft_checkpoint = saves.save
     train_utils.train = train_and_wait
     for importer in _IMPORTERS:
         if importer in sys.modules:
             sys.modules[importer].train = train_and_wait  # type: ignore[attr-defined]
+
+
+class _PreemptedError(Exception):
+    """Out of the loops of `train`, which ask nobody whether to go on."""
 
 
 class _Saves:
@@ -78,13 +93,36 @@ class _Saves:
     def save(self, model: torch.nn.Module, model_path: str) -> None:
         """In the place of `save_peft_checkpoint`."""
         directory = Path(model_path)
+        ckpt = self._attached(model, directory)
+        handle = ckpt.save(ckpt.next_step)
+        if ckpt.rank == 0:
+            _show(directory, handle)
+
+    @contextlib.contextmanager
+    def until_preempted(self, model: torch.nn.Module, config: Any) -> Iterator[None]:
+        """Raises _PreemptedError from the optimizer step that all ranks stop after, when it is done and saved."""
+        if not (self._options.get("preemption") and config.use_peft and config.save_model):
+            yield
+            return
+        ckpt = self._attached(model, Path(config.output_dir))
+
+        def after_step(*_: Any) -> None:
+            if ckpt.preempted:
+                self.save(model, config.output_dir)
+                raise _PreemptedError
+
+        hook = register_optimizer_step_post_hook(after_step)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _attached(self, model: torch.nn.Module, directory: Path) -> Checkpointer:
         if self._ckpt is None or self._target is None or self._target[0] is not model or self._target[1] != directory:
             self._close()
             self._target = (model, directory)
             self._ckpt = attach(model, directory=directory, adapter_name=adapter_names(model), **self._options)
-        handle = self._ckpt.save(self._ckpt.next_step)
-        if self._ckpt.rank == 0:
-            _show(directory, handle)
+        return self._ckpt
 
     def __enter__(self) -> None:
         self._close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,31 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.rng import read_rng, restore_rng
 
 from .common import adapter_names, check_start, is_ours
-from .trainer_common import ADVICE, logged_metrics, restore_at, rotate, trainer_state_kept
+from .trainer_common import ADVICE, logged_metrics, restore_at, rotate, stop_if_preempted, trainer_state_kept
+
+log = logging.getLogger(__name__)
 
 
 class AsyncCheckpointCallback(TrainerCallback):  # type: ignore[misc]
-    """For a trainer that cannot be subclassed: `Trainer(..., callbacks=[AsyncCheckpointCallback()])`.
+    """For a trainer that cannot be subclassed: `Trainer(..., callbacks=[AsyncCheckpointCallback()])`, the last of them.
 
-    It takes over when Trainer is about to save. Trainer itself then never saves, so what hangs on its saving is lost:
-    the best model, `on_save` of other callbacks, pushes before the end. Under FSDP Trainer cannot resume from what it
-    does not know: there use AsyncCheckpointMixin. `options`: more arguments of `async_ckpt.attach`.
+    It takes over whenever Trainer, or a callback before it, sets `control.should_save`; what is logged and evaluated at
+    that step is in the checkpoint. Trainer itself then never saves, so what hangs on its saving is lost: the best
+    model, `on_save` and the states of other callbacks, pushes before the end. Under FSDP Trainer cannot resume from
+    what it does not know: there use AsyncCheckpointMixin.
+
+    `options`: more arguments of `async_ckpt.attach`. With `preemption=True` a SIGTERM or SIGUSR1 on any rank ends
+    training after one step, the same on all ranks, which is saved; then `preempted` is True.
 
     Raises CheckpointError when training begins, if the arguments ask for what is lost.
     """
 
     def __init__(self, **options: Any) -> None:
         self.checkpointer: Checkpointer | None = None
+        self.preempted = False
         self._options = options
         self._resumed_rng: dict[str, Any] | None = None
-        self._after_evaluation = False
+        self._wanted = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         lost = {
@@ -48,6 +56,9 @@ class AsyncCheckpointCallback(TrainerCallback):  # type: ignore[misc]
         for name, wanted in lost.items():
             if wanted:
                 raise CheckpointError(f"a callback cannot keep the meaning of {name}: use AsyncCheckpointMixin")
+        if args.enable_jit_checkpoint:
+            raise CheckpointError("enable_jit_checkpoint has each rank save on its own when it is signalled: use "
+                                  "AsyncCheckpointCallback(preemption=True) instead")  # fmt: skip
         if self.checkpointer is not None:  # an earlier train() that ended by an exception
             self.checkpointer.close()
         check_start(args.output_dir, state.global_step, ADVICE)
@@ -61,46 +72,63 @@ class AsyncCheckpointCallback(TrainerCallback):  # type: ignore[misc]
             **self._options,
         )
         self._resumed_rng = None
+        self.preempted = self._wanted = False
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.global_step > 0 and is_ours(checkpoint):
             restore_at(self.checkpointer, checkpoint, args.output_dir)
             self._resumed_rng = read_rng()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        self._save_if_wanted(args, state)  # a trainer of its own kind may log nothing though it was asked to
         if self._resumed_rng is not None:  # skipping the data that was seen has drawn random numbers
             restore_rng(self._resumed_rng)
             self._resumed_rng = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        assert self.checkpointer is not None
+        self.preempted = stop_if_preempted(self.checkpointer, state, control)
         self._take_over(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         self._take_over(args, state, control)
 
+    def on_log(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        self._take_over(args, state, control)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
-        if self._after_evaluation:
-            self._save(args, state)
+        self._take_over(args, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        log.warning("Trainer has saved step %d itself, as a callback after AsyncCheckpointCallback asked it to: put "
+                    "AsyncCheckpointCallback last", state.global_step)  # fmt: skip
 
     def on_train_end(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         if self.checkpointer is not None:
+            self._save_if_wanted(args, state)
             self.checkpointer.close()
             rotate(args, state, args.output_dir)
             self.checkpointer = None
 
     def _take_over(self, args: Any, state: Any, control: Any) -> None:
-        if control.should_save:
-            control.should_save = False
-            if control.should_evaluate:
-                self._after_evaluation = True  # so that the metrics are in it
-            else:
-                self._save(args, state)
+        """Trainer logs, evaluates and saves, in this order; the first two may want a save as well."""
+        if self.checkpointer is None:
+            return  # an evaluation outside of train
+        self._wanted = self._wanted or control.should_save
+        control.should_save = False
+        if not control.should_evaluate and not (control.should_log and not _has_logged(state)):
+            self._save_if_wanted(args, state)
 
-    def _save(self, args: Any, state: Any) -> None:
+    def _save_if_wanted(self, args: Any, state: Any) -> None:
         assert self.checkpointer is not None
-        self._after_evaluation = False
-        if self.checkpointer.next_step > state.global_step:
+        wanted, self._wanted = self._wanted, False
+        if not wanted or self.checkpointer.next_step > state.global_step:
             return  # the last step of an epoch has been saved as a step
         with trainer_state_kept(state) as files:
             state.save_to_json(TRAINER_STATE_NAME)
         self.checkpointer.save(state.global_step, metrics=logged_metrics(state), files=files)
         rotate(args, state, args.output_dir)
+
+
+def _has_logged(state: Any) -> bool:
+    """This step, so that Trainer will not log it once more."""
+    return any("loss" in entry for entry in state.log_history if entry.get("step") == state.global_step)

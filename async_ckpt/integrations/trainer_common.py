@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,28 @@ def restore_at(ckpt: Checkpointer, checkpoint: str | Path, directory: str | Path
     path = Path(checkpoint).resolve()
     newest = latest(Path(directory).resolve())
     ckpt.restore("latest" if newest == path else path)
+
+
+def stop_if_preempted(ckpt: Checkpointer, state: Any, control: Any) -> bool:
+    """After an optimizer step: whether it is the one that all ranks stop after, or a later one. Then Trainer saves it,
+    and leaves its loops. An evaluation that is due as well is left out, for there may not be the time."""
+    if not ckpt.preempted:
+        return False
+    control.should_training_stop = True
+    control.should_save = ckpt.next_step <= state.global_step  # asked again when the epoch is left
+    control.should_evaluate = False
+    return True
+
+
+def without_jit_checkpoint(trainer: Any) -> None:
+    """Trainer's own answer to SIGTERM, `enable_jit_checkpoint`, makes the folder before it saves, and each rank saves
+    on its own; ours stands in its place, so it and its signal handler have to go."""
+    for callback in list(trainer.callback_handler.callbacks):
+        manager = getattr(callback, "jit_manager", None)
+        if manager is not None:
+            trainer.remove_callback(callback)
+            if signal.getsignal(signal.SIGTERM) == manager._sigterm_handler:
+                signal.signal(signal.SIGTERM, manager._original_sigterm_handler or signal.SIG_DFL)
 
 
 def settle(ckpt: Checkpointer) -> None:

@@ -31,7 +31,17 @@ from async_ckpt.rng import read_rng, restore_rng
 
 from .common import adapter_names, check_start, export, is_ours, wait_for_staged
 from .trainer_callback import AsyncCheckpointCallback
-from .trainer_common import ADVICE, logged_metrics, restore_at, rotate, settle, tokenizer_files, trainer_state_kept
+from .trainer_common import (
+    ADVICE,
+    logged_metrics,
+    restore_at,
+    rotate,
+    settle,
+    stop_if_preempted,
+    tokenizer_files,
+    trainer_state_kept,
+    without_jit_checkpoint,
+)
 
 __all__ = ["AsyncCheckpointCallback", "AsyncCheckpointMixin"]
 
@@ -39,9 +49,9 @@ log = logging.getLogger(__name__)
 
 _OVERRIDDEN = (
     "_finalize_training", "_get_output_dir", "_inner_training_loop", "_load_best_model", "_load_from_checkpoint",
-    "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_prepare_for_training",
-    "_push_from_checkpoint", "_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state", "_save_scaler",
-    "save_model",
+    "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_maybe_log_save_evaluate",
+    "_prepare_for_training", "_push_from_checkpoint", "_save_checkpoint", "_save_optimizer_and_scheduler",
+    "_save_rng_state", "_save_scaler", "save_model",
 )  # fmt: skip
 if _unknown := [name for name in _OVERRIDDEN if not hasattr(Trainer, name)]:
     raise ImportError(f"async_ckpt.integrations.transformers: this transformers has no Trainer.{_unknown[0]}; "
@@ -60,6 +70,10 @@ class AsyncCheckpointMixin:
     callbacks read the folder in `on_save`, which otherwise is called before it is there. `checkpointer`: while `train`
     runs, for its `stats()`. `last_save`: the handle of the newest save.
 
+    With `enable_jit_checkpoint`, or `{"preemption": True}` among the options, SIGTERM or SIGUSR1 on any rank ends
+    training after one step, the same on all ranks, which is saved whatever `save_strategy` says; `train` returns, and
+    `preempted` is True.
+
     `train` raises CheckpointError before the first step if the model or the optimizer cannot be saved, or if
     `output_dir` holds later checkpoints than the one it begins at.
     """
@@ -68,10 +82,12 @@ class AsyncCheckpointMixin:
     wait_on_save: bool = False
     checkpointer: Checkpointer | None = None
     last_save: SaveHandle | None = None
+    preempted: bool = False
 
     # Trainer's own, as far as they are used here.
     accelerator: Any
     args: Any
+    control: Any
     data_collator: Any
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
@@ -118,9 +134,14 @@ class AsyncCheckpointMixin:
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         parent: Any = super()
         prepared = parent._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.args.save_strategy != SaveStrategy.NO:
+        self.preempted = False
+        if self.args.save_strategy != SaveStrategy.NO or self._options["preemption"]:
             self._attached()  # now, so that what cannot be saved is an error before the first step
         return prepared
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"preemption": self.args.enable_jit_checkpoint, **self.checkpoint_options}
 
     def _attached(self) -> Checkpointer:
         if self.checkpointer is None:
@@ -128,6 +149,7 @@ class AsyncCheckpointMixin:
                 raise CheckpointError("AsyncCheckpointMixin does not know DeepSpeed's parameters: train under FSDP")
             directory = self._get_output_dir(self._trial)
             check_start(directory, self.state.global_step, ADVICE)
+            without_jit_checkpoint(self)
             whole = not self.args.save_only_model
             self.checkpointer = attach(
                 self.model_wrapped,
@@ -137,9 +159,16 @@ class AsyncCheckpointMixin:
                 directory=directory,
                 adapter_name=adapter_names(self.model_wrapped),
                 files=tokenizer_files(self) if self.args.should_save else None,
-                **self.checkpoint_options,
+                **self._options,
             )
         return self.checkpointer
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **more: Any) -> None:
+        """After every optimizer step, and once more after an epoch."""
+        parent: Any = super()
+        if self.checkpointer is not None:
+            self.preempted = stop_if_preempted(self.checkpointer, self.state, self.control)
+        parent._maybe_log_save_evaluate(*arguments, **more)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Here Trainer reads checkpoints, and removes some: those under way have to be there."""
@@ -151,7 +180,13 @@ class AsyncCheckpointMixin:
             if best is not None and not os.path.isdir(best):
                 log.error("the best checkpoint %s could not be saved: the model stays as it is now", best)
                 self.state.best_model_checkpoint = None
-        return parent._finalize_training(trial, num_train_samples, start_time)
+        limit = self.args.save_total_limit
+        if self.preempted:
+            self.args.save_total_limit = None  # a limit of 1 would leave the best one, and nothing to resume from
+        try:
+            return parent._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -242,7 +277,9 @@ class AsyncCheckpointMixin:
 
     def _load_best_model(self) -> None:
         parent: Any = super()
-        if self.checkpointer is not None and is_ours(self.state.best_model_checkpoint):
+        if self.preempted:
+            log.warning("preempted: the best model is loaded at the end of the training that resumes from here")
+        elif self.checkpointer is not None and is_ours(self.state.best_model_checkpoint):
             self.checkpointer.restore(self.state.best_model_checkpoint, training_state=False)
         else:
             parent._load_best_model()

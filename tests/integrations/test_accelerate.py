@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +19,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from tests.integrations.cpu_fsdp import fsdp_on_cpu
 from tests.integrations.trainers import KINDS, data, trained_values
 from tests.system.processes import run_cases
-from tests.system.training import attach, check_checkpoint, rank, reference
+from tests.system.training import attach, check_checkpoint, everywhere, rank, reference
 from tests.tiny_llama import no_collectives, peft_model
 
 STATE = "training_state/training_state.json"
@@ -26,7 +28,7 @@ STATE = "training_state/training_state.json"
 class Training:
     """A loop as accelerate's pages have it, with every object prepared."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, accumulate: int = 1) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         plugin = None
         if kind != "ddp":
@@ -35,7 +37,7 @@ class Training:
                 transformer_cls_names_to_wrap=["LlamaDecoderLayer"], cpu_ram_efficient_loading=False,
                 sync_module_states=False,
             )  # fmt: skip
-        self.accelerator = Accelerator(cpu=kind == "ddp", fsdp_plugin=plugin)
+        self.accelerator = Accelerator(cpu=kind == "ddp", fsdp_plugin=plugin, gradient_accumulation_steps=accumulate)
         model = peft_model()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -87,7 +89,35 @@ def goes_on_bit_by_bit(folder: Path, kind: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-CASES: dict[str, Callable[[Path], None]] = {kind: functools.partial(goes_on_bit_by_bit, kind=kind) for kind in KINDS}
+def a_notice_ends_the_loop(folder: Path) -> None:
+    """With gradients that are accumulated over two batches, of which the page says how to leave."""
+    run = Training("ddp", accumulate=2)
+    with attach(run.model, **run.parts(True), directory=folder, preemption=True) as ckpt:
+        for number in range(100_000):
+            with run.accelerator.accumulate(run.model):
+                run.accelerator.backward(run.model(**next(iter(run.loader))).loss)
+                run.optimizer.step()
+                run.scheduler.step()
+                run.optimizer.zero_grad()
+            if (rank(), number) == (1, 3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            if run.accelerator.sync_gradients and ckpt.preempted:
+                ckpt.save(number)
+                break
+    stopped = everywhere(number)
+    assert stopped[0] == stopped[1] > 3
+    assert stopped[0] % 2 == 1
+    expected = reference(values=trained_values(run.model))
+    if rank() == 0:
+        check_checkpoint(folder / f"checkpoint-{number}", expected, number)
+        assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-{number}", "latest"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+CASES: dict[str, Callable[[Path], None]] = {
+    **{kind: functools.partial(goes_on_bit_by_bit, kind=kind) for kind in KINDS},
+    "notice": a_notice_ends_the_loop,
+}
 
 
 FULL = {"ddp"}

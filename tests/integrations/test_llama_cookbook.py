@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from async_ckpt import latest
 from tests.integrations.cookbook import fsdp_config, fsdp_utils, llama_cookbook, train_config, train_utils
 from tests.system.processes import run_cases
-from tests.system.training import ADAPTER, check_checkpoint, kept, rank, reference
+from tests.system.training import ADAPTER, check_checkpoint, everywhere, kept, rank, reference
 from tests.tiny_llama import VOCABULARY, base_model, difference, lora, peft_model
 
 NAMES = (ADAPTER, "adapter_config.json", "README.md")
@@ -52,12 +54,12 @@ def batches(seed: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row.clone()} for row in tokens]
 
 
-def train(folder: Path, model: Any, chosen: Any) -> dict[str, Any]:
+def train(folder: Path, model: Any, chosen: Any, loader: Any = None) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.85)
     seed = 10 * rank()
     results: dict[str, Any] = train_utils.train(
-        model, batches(seed), batches(seed + 1), Tokenizer(), optimizer, scheduler, 1, chosen, fsdp_config(),
+        model, loader or batches(seed), batches(seed + 1), Tokenizer(), optimizer, scheduler, 1, chosen, fsdp_config(),
         local_rank="cpu", rank=rank(),
     )  # fmt: skip
     return results
@@ -129,10 +131,47 @@ def an_earlier_adapter_stays_until_there_is_a_newer(folder: Path) -> None:
     assert (folder / ADAPTER).read_bytes() != before
 
 
+class Preempting:
+    """Batches without end, of which the third of the second rank signals it."""
+
+    def __len__(self) -> int:
+        return 100_000
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for number in range(len(self)):
+            if (rank(), number) == (1, 3):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            yield batches(number)[0]
+
+
+def a_notice_ends_it(folder: Path) -> None:
+    """The adapter is that of the last step, and a later patch does not know of it any more."""
+    llama_cookbook.patch(preemption=True)
+    before = signal.getsignal(signal.SIGTERM)
+    model = wrapped()
+    steps: list[int] = []
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        assert train(folder, model, config(folder), Preempting()) == {}
+    finally:
+        hook.remove()
+    assert signal.getsignal(signal.SIGTERM) == before
+    counts = everywhere(len(steps))
+    assert counts[0] == counts[1] >= 4
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-0"]
+    expected = reference(values=values_of(model))
+    if rank() == 0:
+        check_checkpoint(folder / "checkpoint-0", expected, 0)
+        assert difference((folder / ADAPTER).read_bytes(), expected[ADAPTER]) == ""
+    llama_cookbook.patch()
+    assert train(folder, model, config(folder, num_epochs=1))["avg_train_loss"] > 0
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     "epochs": lambda folder: each_epoch_is_a_checkpoint(folder, False),
     "epochs-original": lambda folder: each_epoch_is_a_checkpoint(folder, True),
     "decides": validation_and_save_model_decide,
+    "notice": a_notice_ends_it,
     "earlier": an_earlier_adapter_stays_until_there_is_a_newer,
 }
 
