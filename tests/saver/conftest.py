@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from committing import make_image
 
 from async_ckpt.core.slots import read_journals, remove_run
+from tests.saver.committing import make_image
 from tests.saver.doors import Doors
 from tests.saver.saver_process import SaverProcess
 

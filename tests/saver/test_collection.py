@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import commit_checkpoint
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import reading
@@ -15,6 +14,7 @@ from async_ckpt.core.manifest import committed
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt_saver.collection import IS_NEW, Removal, collect
 from async_ckpt_saver.temporaries import held
+from tests.saver.checkpoints import commit_checkpoint
 
 NOTHING = Policy()
 

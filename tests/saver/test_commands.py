@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import ADAPTER, adapter, commit_checkpoint
 from msgspec.structs import replace
 
 from async_ckpt_saver import exit_codes
@@ -17,6 +16,7 @@ from async_ckpt_saver.cli import build_parser, main
 from async_ckpt_saver.commands import VERBS, load
 from async_ckpt_saver.commands.status import describe_ranks
 from async_ckpt_saver.status import RankStatus
+from tests.saver.checkpoints import ADAPTER, adapter, commit_checkpoint
 
 HEAVY = {"asyncio", "zmq", "uvloop", "msgspec", "rich", "numpy", "torch", "xxhash", "dataclasses", "logging", "shtab"}
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy
 import pytest
-from checkpoints import ADAPTER, LARGE, LORA, STATE, adapter, commit_checkpoint
 from safetensors.numpy import load_file
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt_saver.comparison import Before, Changed, bytes_to_read, compare
 from async_ckpt_saver.inspection import inspect, listing
+from tests.saver.checkpoints import ADAPTER, LARGE, LORA, STATE, adapter, commit_checkpoint
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
-from committing import assert_consistent, assert_whole, job_of
 
 from async_ckpt_saver.latest_link import point_latest
 from async_ckpt_saver.writer import CommitResult, commit
+from tests.saver.committing import assert_consistent, assert_whole, job_of
 
 
 def test_commits_of_many_steps_at_once_leave_latest_at_the_newest(run: Path, image: Path) -> None:

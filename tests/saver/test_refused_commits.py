@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from committing import ADAPTER, assert_consistent, assert_whole, hidden, job_of
 
 from async_ckpt_saver import filesystem
 from async_ckpt_saver.writer import AlreadyCommittedError, CommitError, commit
+from tests.saver.committing import ADAPTER, assert_consistent, assert_whole, hidden, job_of
 
 
 @pytest.mark.parametrize("late", [False, True])

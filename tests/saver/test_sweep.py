@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from committing import assert_whole, failing_at, hidden, job_of
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt_saver.writer import CommitError, commit, sweep
+from tests.saver.committing import assert_whole, failing_at, hidden, job_of
 
 
 @pytest.mark.parametrize("nonce", ["", "a/b", "..", "a.b", "x" * 65, "a b"])

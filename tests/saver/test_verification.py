@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import safetensors
 import xxhash
-from checkpoints import ADAPTER, CONFIG, DOCUMENT, LARGE, LORA, STATE, adapter, commit_checkpoint, state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import BeingRead, removing
 from async_ckpt.core.manifest import read_manifest
 from async_ckpt_saver.verification import Report, planned_bytes, verify
+from tests.saver.checkpoints import ADAPTER, CONFIG, DOCUMENT, LARGE, LORA, STATE, adapter, commit_checkpoint, state
 
 FILES = (ADAPTER, STATE, DOCUMENT, CONFIG, "async_ckpt.json")
 CHUNK = 8 << 20

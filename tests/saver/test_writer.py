@@ -7,11 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from committing import ADAPTER, DOCUMENTS, STATE, assert_consistent, assert_whole, failing_at, hidden, job_of
 
 from async_ckpt.core.manifest import latest, read_manifest
 from async_ckpt_saver import filesystem
 from async_ckpt_saver.writer import CommitError, commit
+from tests.saver.committing import (
+    ADAPTER,
+    DOCUMENTS,
+    STATE,
+    assert_consistent,
+    assert_whole,
+    failing_at,
+    hidden,
+    job_of,
+)
 
 BEFORE_DURABLE = [
     "mkdir", f"write:{ADAPTER}", f"chunk:{ADAPTER}", f"fsync:{ADAPTER}", f"fsync:{STATE}", "write:README.md",

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import committing
 import pytest
-from committing import assert_consistent, assert_whole, hidden, job_of, make_image
 
 from async_ckpt_saver.writer import AlreadyCommittedError, commit, sweep
+from tests.saver import committing
+from tests.saver.committing import assert_consistent, assert_whole, hidden, job_of, make_image
 
 POINTS = [
     "mkdir",
