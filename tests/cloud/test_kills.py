@@ -25,8 +25,8 @@ from tests.cloud.proxy import Proxy
 from tests.cloud.test_object_storage import put
 from tests.cloud.weed import Weed
 from tests.saver.committing import make_image
+from tests.saver.hub_bench import stage
 from tests.saver.saver_process import Peer, SaverProcess
-from tests.saver.test_hub import stage
 
 _FILE = plan_file("adapter_model.safetensors", [TensorSpec("w", "F32", (6 << 20,))])  # 24 MiB: four parts
 _LAYOUT = Layout((ImageFile(_FILE.path, _FILE.header, _FILE.total_bytes),), {"README.md": b"read me"})
