@@ -76,10 +76,24 @@ class _Present:
         held_bytes = sum(run.image_bytes for run in runs)
         yield GaugeMetricFamily("async_ckpt_image_bytes", "Shared memory that runs hold.", value=held_bytes)
         yield from _last_commits(status)
+        yield from _hosts(status)
         rejected = CounterMetricFamily("async_ckpt_rejected_messages", "Messages not understood.", labels=["cause"])
         for cause, count in status.rejected_messages.items():
             rejected.add_metric([cause], count)
         yield rejected
+
+
+def _hosts(status: SaverStatus) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "async_ckpt_hosts", "Savers of other hosts that relay to this one.", value=len(status.hosts)
+    )
+    silent = GaugeMetricFamily("async_ckpt_host_silent_seconds", "Since a relay was last heard.", labels=["host"])
+    for name in sorted({host.name for host in status.hosts}):  # a saver of each, or several on one host
+        silent.add_metric([name], max(host.silent_s for host in status.hosts if host.name == name))
+    yield silent
+    relayed = CounterMetricFamily("async_ckpt_relayed_bytes", "Bytes that relays have handed over to this saver.")
+    relayed.add_metric([], status.relayed_bytes)
+    yield relayed
 
 
 def _last_commits(status: SaverStatus) -> Iterator[Metric]:

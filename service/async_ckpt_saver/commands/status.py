@@ -64,8 +64,15 @@ def render(status: SaverStatus) -> str:
     rejected = [f"{count} {cause}" for cause, count in status.rejected_messages.items() if count]
     if rejected:
         head += f"\n  rejected messages: {', '.join(rejected)}"
+    for host in status.hosts:
+        head += (f"\n  host {host.name} relays {_ranks(host.ranks)}: {size(host.relayed_bytes)} handed over, heard "
+                 f"{age(host.silent_s)} ago")  # fmt: skip
     runs = [_run(run, status.now_unix_s) for run in [*status.runs, *status.ended]]
     return "\n\n".join([head, *(runs or ["no runs"])])
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def describe_ranks(ranks: Sequence[RankStatus]) -> str:

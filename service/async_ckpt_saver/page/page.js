@@ -82,12 +82,19 @@ function section(run) {
     element("ul", "ranks", ...ranks), saves(run));
 }
 
+function hosts(status) {
+  if (!status.hosts.length) return [];
+  const lines = status.hosts.map((host) =>
+    fact(host.name, `${host.ranks} ranks, ${size(host.relayed_bytes)} handed over, heard ${seconds(host.silent_s)} ago`));
+  return [element("section", "", element("h2", "", "hosts that relay to this saver"), element("ul", "facts", ...lines))];
+}
+
 function show(status) {
   document.getElementById("saver").textContent =
     `${status.version}, pid ${status.pid}, up ${seconds(status.uptime_s)}, ${size(status.rss_bytes)} resident, ${status.endpoint}, root ${status.root}`;
   const all = [...status.runs, ...[...status.ended].reverse()];
   const runs = all.length ? all.map(section) : [element("section", "", "no run has attached yet")];
-  document.getElementById("runs").replaceChildren(...runs);
+  document.getElementById("runs").replaceChildren(...hosts(status), ...runs);
 }
 
 function say(text, bad) {
