@@ -50,9 +50,10 @@ docs: $(READY) ## the site, into .build/site; a broken link is an error
 tools: $(READY) ## promtool for the tests of deploy/, which are skipped without it; needs apt-get
 	@.ci/tools $(BIN)
 
-fuzz: $(READY) ## fuzz what the saver is sent, for FUZZ_SECONDS (600)
+fuzz: $(READY) ## fuzz what the saver is sent by ranks, then by relays, each for FUZZ_SECONDS (600)
 	@$(PIP) install 'atheris==3.0.0'
 	@PYTHONPATH=.:service $(BIN)/python -m tests.fuzz.fuzz_protocol -max_total_time=$(FUZZ_SECONDS) .cache/fuzz
+	@PYTHONPATH=.:service $(BIN)/python -m tests.fuzz.fuzz_link -max_total_time=$(FUZZ_SECONDS) .cache/fuzz-link
 
 clean: ## remove .venv and all caches
 	rm -rf .venv .cache .build .mypy_cache .ruff_cache .pytest_cache .hypothesis
