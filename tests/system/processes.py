@@ -170,9 +170,13 @@ class Daemon:
 
 
 class Job:
-    """`target` ("module:function") on `world` ranks, each called with the folder of the job and `args`."""
+    """`target` ("module:function") on `world` ranks, each called with the folder of the job and `args`. `each` are
+    the variables of one rank alone, by its number."""
 
-    def __init__(self, target: str, world: int, folder: Path, *args: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, target: str, world: int, folder: Path, *args: str, env: Mapping[str, str] | None = None,
+        each: Sequence[Mapping[str, str]] = (),
+    ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self.target, self.world, self.folder = target, world, folder
         number = len(list(folder.glob("log-*"))) // world
@@ -181,7 +185,7 @@ class Job:
         self._processes = []
         for rank, log in enumerate(self.logs):
             log.touch()
-            variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | dict(each[rank] if each else {})
             with _starting:
                 process = fork_server(environment).Process(
                     target=be_rank, args=(target, str(folder), args, variables, str(log)), daemon=True

@@ -60,6 +60,10 @@ def be_rank(target: str, folder: str, args: Sequence[str], variables: dict[str, 
         from tests.system.faults import enter
 
         enter(namespace)
+    if host := variables.get("ASYNC_CKPT_TEST_HOST"):
+        from tests.system import hosts
+
+        hosts.enter(host)
     os.chdir(ROOT)
     with _ending():
         import torch
