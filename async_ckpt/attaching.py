@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import platform
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,7 @@ from async_ckpt.core.location import Location, Url, location_of
 from async_ckpt.core.protocol import (
     PROTOCOL,
     Granted,
+    Lead,
     Options,
     Refuse,
     Register,
@@ -32,6 +34,7 @@ from async_ckpt.core.transport import transport_of
 from .checkpointer import Checkpointer
 from .client import Client, SaverRestarted
 from .embedded import EmbeddedSaver
+from .hosts import Hosts, several_hosts
 from .joined import Joined, Settings
 from .mapped import Slot
 from .notices import require_main_thread
@@ -45,6 +48,8 @@ from .training_state import Stateful, make_parts
 
 if TYPE_CHECKING:
     from async_ckpt.core.keys import ClientKeys
+
+log = logging.getLogger(__name__)
 
 _SAVER_VARIABLE = "ASYNC_CKPT_SAVER"
 _REFUSE_S = 10.0
@@ -100,6 +105,9 @@ def attach(
     object with a state_dict, one a rank) are saved and restored with the weights, and random numbers with them: at the
     same world size training goes on bit by bit as if it had not stopped. Without them only the weights are saved.
 
+    Ranks of several hosts make one checkpoint: `directory` is written by rank 0's host alone, and to restore, every
+    host has to see it. They find each other by torch.distributed, if it is initialised, or by ASYNC_CKPT_LEAD.
+
     `files` (path -> bytes, as rank 0 gives them) lie beside the weights in every checkpoint: a tokenizer, a licence.
 
     `preemption`: SIGTERM or SIGUSR1 on any rank means that the job will be ended. All ranks then agree, without a
@@ -144,16 +152,19 @@ def attach(
 
     def join() -> Joined:
         _attempts[path] += 1
+        hosts = several_hosts(topology, path, _attempts[path])
         identity = _Identity(options, f"{topology.job}:{_attempts[path]}", topology, tracer is not None)
         if embedded is not None and topology.world > 1:  # alone, what cannot be planned is an error before any start
             threading.Thread(target=_start_early, args=(embedded,), name="async-ckpt-start", daemon=True).start()
         plan = _plan(make_plan, topology)
-        client = Client(transport, embedded, keys)
-        try:
-            return _join(client, identity, plan, overlap=staging == "overlap")
-        except BaseException:
-            client.close()
-            raise
+        with contextlib.ExitStack() as failing:
+            if hosts is not None:
+                failing.push(_telling(hosts))
+            client = Client(transport, embedded, keys)
+            failing.callback(client.close)
+            joined = _join(client, identity, plan, hosts, overlap=staging == "overlap")
+            failing.pop_all()
+        return joined
 
     with contextlib.ExitStack() as failing:
         if tracer is not None:
@@ -187,12 +198,25 @@ def _read_keys() -> ClientKeys | None:
     return client_keys(os.environ)
 
 
+def _telling(hosts: Hosts) -> Callable[..., None]:
+    """The end of an attach that failed on this rank."""
+
+    def tell(kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            hosts.fail(str(error) or repr(error))
+        except CheckpointError as lost:
+            log.warning("the other ranks could not be told: %s", lost)
+
+    return tell
+
+
 @dataclass(frozen=True)
 class _Identity:
     options: Options
     job: str
     topology: Topology
     trace: bool
+    lead: Lead | None = None
 
 
 def _check_arguments(slots: int, when_busy: str, staging: str, timeout_s: float) -> None:
@@ -222,13 +246,19 @@ def _plan(make: Callable[[], Plan], topology: Topology) -> Plan | CheckpointErro
         return failure
 
 
-def _join(client: Client, identity: _Identity, plan: Plan | CheckpointError, *, overlap: bool) -> Joined:
+def _join(
+    client: Client, identity: _Identity, plan: Plan | CheckpointError, hosts: Hosts | None, *, overlap: bool
+) -> Joined:
     topology, timeout_s = identity.topology, identity.options.timeout_s
+    if hosts is not None:
+        job, lead = hosts.meet(client, timeout_s)
+        identity = replace(identity, job=job, lead=lead)
 
     def refuse(reason: str) -> None:
         message = Refuse(
-            options=identity.options, job=identity.job, rank=topology.rank, process=topology.process, reason=reason
-        )
+            options=identity.options, job=identity.job, rank=topology.rank, process=topology.process, reason=reason,
+            lead=identity.lead,
+        )  # fmt: skip
         client.refuse(message, _REFUSE_S)
 
     if isinstance(plan, CheckpointError):
@@ -241,10 +271,13 @@ def _join(client: Client, identity: _Identity, plan: Plan | CheckpointError, *, 
         refuse(f"cannot map its slots: {error!r}")
         raise CheckpointError(f"rank {topology.rank} cannot map its slots in {granted.run}: {error}") from error
     try:
-        return Joined(plan, staging, client, client.ready(timeout_s))
+        started = client.ready(timeout_s)
+        if hosts is not None:
+            hosts.attached()
+        return Joined(plan, staging, client, started, hosts)
     except SaverRestarted:
         staging.close()
-        return _join(client, identity, plan, overlap=overlap)
+        return _join(client, identity, plan, hosts, overlap=overlap)
     except BaseException:
         staging.close()
         raise
@@ -263,6 +296,7 @@ def _registration(identity: _Identity, plan: Plan) -> Register:
         layout_hash=plan.layout_hash,
         layout=plan.layout if topology.rank == 0 else None,
         claims=plan.claims,
+        lead=identity.lead,
         versions=_versions() if topology.rank == 0 else {},
         trace=identity.trace and topology.rank == 0,
     )

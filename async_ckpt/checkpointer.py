@@ -134,7 +134,8 @@ class Checkpointer:
         one that PEFT or transformers wrote, whose step is that of its name, "checkpoint-<step>", or else -1: training
         begins at 0. Bytes come from RAM where the saver still holds them, else from disk. `training_state` False: the
         weights alone; optimizer, scheduler and random numbers stay as they are.
-        Raises CheckpointError listing the differences if it does not fit the model, which is left as it was.
+        Raises CheckpointError listing the differences if it does not fit the model, which is left as it was; on every
+        rank, if one on another host does not see it.
         """
         if self._closed:
             raise CheckpointError("restore() after close(): attach again")
@@ -145,6 +146,8 @@ class Checkpointer:
         )
         if found is None:
             return None
+        if self._hosts is not None:
+            self._hosts.all_see(found.path, self._settings.timeout_s)
         self.fence()
         reshard(self._model)
         plan = self._plan if training_state else dataclasses.replace(self._plan, state=None)
@@ -213,7 +216,7 @@ class Checkpointer:
     # --- the run it belongs to -------------------------------------------------------------------------------------
 
     def _use(self, joined: Joined) -> None:
-        self._plan, self._staging, self._client = joined.plan, joined.staging, joined.client
+        self._plan, self._staging, self._client, self._hosts = joined.plan, joined.staging, joined.client, joined.hosts
         self._saves.use(joined)
         if self._preemption is not None:
             self._preemption.join(joined.client)

@@ -118,18 +118,18 @@ class Client:
     def register(self, message: Register, layout: Layout, timeout_s: float) -> Granted:
         """Raises CheckpointError with the saver's reason if it refuses, or if it cannot be reached."""
         check_sendable(message)
-        return self._ask(message, Granted, timeout_s, layout)
+        return self.ask(message, Granted, timeout_s, layout)
 
     def ready(self, timeout_s: float) -> Started:
         """Raises SaverRestarted if what was granted is void, CheckpointError if another rank could not get ready."""
-        started = self._ask(Ready(), Started, timeout_s)
+        started = self.ask(Ready(), Started, timeout_s)
         self._started = True
         return started
 
     def refuse(self, message: Refuse, timeout_s: float) -> None:
         """Tell the other ranks why this one cannot take part; they raise the same reason."""
         try:
-            self._ask(message, Started, timeout_s)
+            self.ask(message, Started, timeout_s)
         except CheckpointError as error:
             log.debug("told the other ranks: %s", error)
 
@@ -173,7 +173,7 @@ class Client:
         self._thread.join()
         os.close(self._wake_fd)
 
-    def _ask(self, message: FromRank, answer: type[T], timeout_s: float, layout: Layout | None = None) -> T:
+    def ask(self, message: FromRank, answer: type[T], timeout_s: float, layout: Layout | None = None) -> T:
         request = Request(message, answer, layout)
         self._request = request
         self.wake()

@@ -9,6 +9,7 @@ from async_ckpt.core.location import Location
 from async_ckpt.core.protocol import Started
 
 from .client import Client
+from .hosts import Hosts
 from .plan import Plan
 from .staging import Staging
 
@@ -28,9 +29,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Joined:
-    """A run that every rank has joined."""
+    """A run that every rank has joined; `hosts` where there are several."""
 
     plan: Plan
     staging: Staging
     client: Client
     started: Started
+    hosts: Hosts | None = None

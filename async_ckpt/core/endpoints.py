@@ -8,12 +8,14 @@ import tempfile
 from pathlib import Path
 
 from .location import Location
+from .slots import shm_identity
 
 
 def embedded_home(directory: Location) -> Path:
     """The private directory of the embedded saver that commits into `directory` (absolute, or a URL), for this user, on
-    this host, under this TMPDIR. It need not exist."""
-    key = hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]
+    this host, under this TMPDIR. It need not exist. Hosts that share a TMPDIR have one each: locks and sockets are no
+    use between them, and a saver serves who sees its /dev/shm."""
+    key = hashlib.sha256(os.fsencode(directory) + b"\0" + shm_identity().encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"async-ckpt-{os.getuid()}" / key
 
 

@@ -28,8 +28,8 @@ from tests.system.processes import Job, environment, until
 
 HOST_VARIABLE = "ASYNC_CKPT_TEST_HOST"  # the first process of the host that a rank of a job lives on
 TRAINING, SIDE = "training", "side"
-_NETWORKS = {TRAINING: "10.77.0", SIDE: "10.78.0"}
-_SWITCH = 254  # its address in each network
+NETWORKS = {TRAINING: "10.77.0", SIDE: "10.78.0"}
+SWITCH = 254  # its address in each network
 _OWN = ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--mount-proc", "--propagation", "private",
         "--kill-child=SIGKILL"]  # fmt: skip
 _SET_UP = """
@@ -97,7 +97,7 @@ class Host:
         return self._holder.poll() is None
 
     def address(self, network: str = TRAINING) -> str:
-        return f"{_NETWORKS[network]}.{self.number}"
+        return f"{NETWORKS[network]}.{self.number}"
 
     def environment(self) -> dict[str, str]:
         """For processes that `popen` and `run` start there, and for ranks that `Job` does."""
@@ -192,7 +192,9 @@ class Cluster:
             until(lambda: not any(host.savers() or host.in_shared_memory() for host in living), "quiet", timeout_s)
         except AssertionError:
             found = {host.name: (host.savers(), host.in_shared_memory()) for host in living}
-            raise AssertionError(f"savers and runs that are left after {timeout_s:g} s: {found}\n{self.logs()}") from None
+            raise AssertionError(
+                f"savers and runs that are left after {timeout_s:g} s: {found}\n{self.logs()}"
+            ) from None
 
     def logs(self) -> str:
         """The ends of the logs of all embedded savers."""
@@ -230,10 +232,6 @@ class Cluster:
             ]
         return Job(target, len(places), self.folder, *args, env=env, each=places)
 
-    def proxy(self, *, delay_s: float = 0.0) -> Proxy:
-        """Between the savers: where it leads to is told by `Proxy.lead_to`."""
-        return self._closing.enter_context(Proxy(self, delay_s))
-
     def switch_command(self, *command: str) -> list[str]:
         return ["nsenter", f"--net=/proc/{self._switch.pid}/ns/net", *command]
 
@@ -242,7 +240,7 @@ class Cluster:
     def _start(self, stack: contextlib.ExitStack) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = self.folder / "hosts"
-        lines = [f"{_NETWORKS[TRAINING]}.{number} host-{number}\n" for number in range(1, self._size + 1)]
+        lines = [f"{NETWORKS[TRAINING]}.{number} host-{number}\n" for number in range(1, self._size + 1)]
         names.write_text("127.0.0.1 localhost\n" + "".join(lines))
         tmp = self.folder / "tmp"
         tmp.mkdir()
@@ -252,9 +250,9 @@ class Cluster:
         path = f"/proc/{self._switch.pid}/ns/net"
         until(lambda: os.readlink(path) != own, "the switch")
         _made.add(os.readlink(path))
-        for network, prefix in _NETWORKS.items():
+        for network, prefix in NETWORKS.items():
             self._switch_ip("link", "add", "name", network, "type", "bridge")
-            self._switch_ip("addr", "add", f"{prefix}.{_SWITCH}/24", "dev", network)
+            self._switch_ip("addr", "add", f"{prefix}.{SWITCH}/24", "dev", network)
             self._switch_ip("link", "set", network, "up")
         self.hosts: list[Host] = []
         for number in range(1, self._size + 1):
@@ -269,7 +267,7 @@ class Cluster:
             self.hosts.append(host)
 
     def _join(self, host: Host) -> None:
-        for network, prefix in _NETWORKS.items():
+        for network, prefix in NETWORKS.items():
             port = _port(network, host)
             subprocess.run(
                 ["ip", "link", "add", "name", port, "netns", str(self._switch.pid), "type", "veth", "peer",
@@ -289,55 +287,6 @@ class Cluster:
         self._switch.stdin.close()
         self._switch.kill()
         self._switch.wait(30)
-
-
-class Proxy:
-    """A TCP proxy on the switch, in front of host 1's port: it delays, and it can stop after so many bytes of a relay.
-
-    `address` is what relays connect to.
-    """
-
-    def __init__(self, cluster: Cluster, delay_s: float) -> None:
-        self._cluster = cluster
-        self._folder = cluster.folder / "proxy"
-        self._folder.mkdir()
-        self.host, self.port = f"{_NETWORKS[SIDE]}.{_SWITCH}", 5591
-        self.address = f"tcp://{self.host}:{self.port}"
-        self.lead_address = f"tcp://{cluster.hosts[0].address(SIDE)}:{self.port}"
-        command = [sys.executable, "-IS", str(Path(__file__).with_name("proxy.py")), self.host, str(self.port),
-                   cluster.hosts[0].address(SIDE), str(self.port), str(delay_s), str(self._folder)]  # fmt: skip
-        self._log = self._folder / "log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(cluster.switch_command(*command), stdout=log, stderr=log)
-        until(lambda: (self._folder / "up").exists() or self._process.poll() is not None, "the proxy")
-        assert self._process.poll() is None, self._log.read_text()
-
-    def __enter__(self) -> Proxy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait(30)
-
-    def hold_after(self, bytes_more: int) -> None:
-        """Nothing that relays send passes any more once so many bytes have, from now on. Answers pass."""
-        (self._folder / "held").unlink(missing_ok=True)
-        self._order(str(self.passed() + bytes_more))
-
-    def until_held(self) -> None:
-        until((self._folder / "held").exists, "the proxy holds what a relay sends")
-
-    def let_go(self) -> None:
-        self._order("")
-
-    def passed(self) -> int:
-        """Bytes from relays to the lead so far."""
-        return int((self._folder / "passed").read_text() or 0)
-
-    def _order(self, text: str) -> None:
-        new = self._folder / "order.new"
-        new.write_text(text)
-        new.replace(self._folder / "order")
 
 
 def enter(pid: str) -> None:

@@ -28,7 +28,10 @@ class Proxy:
         except OSError:
             writer.close()
             return
-        ways = [asyncio.create_task(self._pump(reader, back, True)), asyncio.create_task(self._pump(there, writer, False))]
+        ways = [
+            asyncio.create_task(self._pump(reader, back, True)),
+            asyncio.create_task(self._pump(there, writer, False)),
+        ]
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         for way in ways:
             way.cancel()
