@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.system import hosts
 from tests.system.processes import end_leftovers, home, remove_home, runs, savers, until
 
 _GONE_S = 30.0  # what the design promises for an embedded saver after the last close, or the death of its run
@@ -22,7 +23,7 @@ def _own_folder() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
-    """After a test no saver of ours runs and none of its slots is in shared memory."""
+    """After a test no saver of ours runs, none of its slots is in shared memory, and no host is left."""
     assert (savers(), runs()) == ([], [])
     yield
     try:
@@ -31,6 +32,9 @@ def _nothing_left() -> Iterator[None]:
         found = f"{error}: savers {savers()}, runs {runs()}"
         end_leftovers()
         pytest.fail(found, pytrace=False)
+    if left := hosts.left():
+        hosts.end_left()
+        pytest.fail(f"processes of hosts are left: {left}", pytrace=False)
 
 
 @pytest.fixture

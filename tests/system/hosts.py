@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,12 +57,12 @@ def impossible() -> str:
     return "" if done.returncode == 0 else f"namespaces are not allowed here: {done.stderr.strip()[-200:]}"
 
 
-def left() -> list[int]:
-    """The processes that live in a network namespace of a host, or of a switch, of this session."""
+def left(within: Collection[str] = _made) -> list[int]:
+    """The processes that live in one of these network namespaces: by default of all hosts and switches so far."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*") if _made else ():
+    for folder in Path("/proc").glob("[0-9]*") if within else ():
         with contextlib.suppress(OSError):
-            if os.readlink(folder / "ns" / "net") in _made:
+            if os.readlink(folder / "ns" / "net") in within:
                 found.append(int(folder.name))
     return found
 
@@ -90,7 +90,9 @@ class Host:
         assert self._holder.stdout.readline() == b"up\n", self._log.read_text()
         children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children")
         self.pid = int(children.read_text())
-        _made.add(os.readlink(f"/proc/{self.pid}/ns/net"))
+        self.network = os.readlink(f"/proc/{self.pid}/ns/net")
+        _made.add(self.network)
+        self._processes = os.readlink(f"/proc/{self.pid}/ns/pid")
 
     @property
     def alive(self) -> bool:
@@ -126,12 +128,12 @@ class Host:
 
     def pids(self) -> list[int]:
         """All its processes but the first, as seen from outside."""
-        ours = os.readlink(f"/proc/{self.pid}/ns/pid")
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if os.readlink(folder / "ns" / "pid") == ours and int(folder.name) != self.pid:
-                    found.append(int(folder.name))
+                pid = int(folder.name)
+                if os.readlink(folder / "ns" / "pid") == self._processes and pid != self.pid and _command_line(pid):
+                    found.append(pid)
         return sorted(found)
 
     def savers(self) -> list[int]:
@@ -149,7 +151,7 @@ class Host:
         """All its processes and its memory are gone at once, and nobody is told: cut its links first."""
         self._holder.kill()  # the kernel kills the first process with it, and all others with that
         self._holder.wait(30)
-        until(lambda: not Path(f"/proc/{self.pid}/ns").exists() or not _command_line(self.pid), f"{self.name} is gone")
+        until(lambda: not _command_line(self.pid) and not self.pids(), f"{self.name} is gone")
 
     def close(self) -> None:
         for stream in (self._holder.stdin, self._holder.stdout):
@@ -184,6 +186,7 @@ class Cluster:
         with self._closing:
             if kind is None:
                 self.quiet()
+        until(lambda: not left(self._networks), "all processes of the hosts are gone")
 
     def quiet(self, timeout_s: float = 40.0) -> None:
         """Every saver has ended by itself, and left nothing in shared memory."""
@@ -249,7 +252,8 @@ class Cluster:
         own = os.readlink("/proc/self/ns/net")
         path = f"/proc/{self._switch.pid}/ns/net"
         until(lambda: os.readlink(path) != own, "the switch")
-        _made.add(os.readlink(path))
+        self._networks = {os.readlink(path)}
+        _made.update(self._networks)
         for network, prefix in NETWORKS.items():
             self._switch_ip("link", "add", "name", network, "type", "bridge")
             self._switch_ip("addr", "add", f"{prefix}.{SWITCH}/24", "dev", network)
@@ -263,6 +267,7 @@ class Cluster:
             host = Host(number, self.folder, names, own_tmp)
             stack.callback(host.close)
             host.tmp = tmp
+            self._networks.add(host.network)
             self._join(host)
             self.hosts.append(host)
 
