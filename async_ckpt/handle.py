@@ -25,8 +25,10 @@ class SaveHandle:
     once it has happened, None before: `copy_s` (this rank's copy), `write_s` and `commit_s` (the saver's), `bytes`.
     """
 
-    def __init__(self, step: int, directory: Location, timeout_s: float) -> None:
+    def __init__(self, step: int, directory: Location, timeout_s: float, *, relayed: bool = False) -> None:
+        """`relayed`: what ranks of other hosts have staged is not seen from here."""
         self.step = step
+        self._relayed = relayed
         self.stall_s = 0.0
         self.started_s = time.perf_counter()
         self.copy_s: float | None = None
@@ -52,7 +54,8 @@ class SaveHandle:
         return "staged" if self._staged_everywhere() else "staging"
 
     def staged(self, timeout_s: float | None = None) -> None:
-        """Return when the checkpoint survives the death of every trainer: all ranks have staged it.
+        """Return when the checkpoint survives the death of every trainer: all ranks have staged it, and what those of
+        other hosts have staged has arrived on rank 0's. Other hosts know that only once it is committed.
 
         Raises CheckpointError if the save failed or was skipped, or after `timeout_s` (default: attach's).
         """
@@ -131,7 +134,7 @@ class SaveHandle:
         return self._timeout_s if timeout_s is None else timeout_s
 
     def _too_late(self, what: str, timeout_s: float | None) -> CheckpointError:
-        missing = self._not_staged()
+        missing = [] if self._relayed else self._not_staged()
         if missing:
             names = ", ".join(map(str, missing[:8]))
             more = f"rank {names} has not staged it: every rank must call save with the same steps"

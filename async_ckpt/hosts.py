@@ -106,6 +106,7 @@ class Hosts:
         self._job = f"{topology.job}:{attempt}"
         self._notice: Notice | None = None  # as rank 0 has published it, or as another rank has read it
         self._looks = 0
+        self.relayed = False  # what this rank stages goes to the lead on another host
 
     def meet(self, client: Asks, timeout_s: float) -> tuple[str, Lead | None]:
         """What this attach is called, the same on every rank, and the lead, None on its own host.
@@ -117,10 +118,13 @@ class Hosts:
             self._open(client, timeout_s)
             return self._name(), None
         if self._board is None:
-            return self._job, self._lead_by_environment()
-        if self._notice is None:
-            self._notice = self._read(self._board, timeout_s)
-        return self._name(), self._lead(self._notice)
+            lead = self._lead_by_environment()
+        else:
+            if self._notice is None:
+                self._notice = self._read(self._board, timeout_s)
+            lead = self._lead(self._notice)
+        self.relayed = lead is not None
+        return self._name(), lead
 
     def fail(self, reason: str) -> None:
         """Rank 0 will not attach: tell the others, unless they were told where to register and hear it there."""

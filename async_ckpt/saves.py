@@ -43,6 +43,7 @@ class Saves:
     def use(self, joined: Joined) -> None:
         """Go on in this run, whose slots are all free."""
         self._plan, self._staging, self._client = joined.plan, joined.staging, joined.client
+        self._relayed = joined.hosts is not None and joined.hosts.relayed
         self._calls = 0
         self._occupants: dict[int, SaveHandle] = {}  # slot -> the last save that went into it
 
@@ -79,7 +80,7 @@ class Saves:
 
     def _new(self, step: int) -> SaveHandle:
         self.stats.saves += 1
-        self.last = SaveHandle(step, self._settings.given, self._settings.timeout_s)
+        self.last = SaveHandle(step, self._settings.given, self._settings.timeout_s, relayed=self._relayed)
         return self.last
 
     def _slot_free(self, slot: Slot, handle: SaveHandle, when_busy: Literal["wait", "skip"]) -> bool:
