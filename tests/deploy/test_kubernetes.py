@@ -21,6 +21,7 @@ _VERSIONS = ("1.29", "1.37")  # the first with native sidecars on by default, an
 _UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 _TEMPLATES = {
     "jobset.yaml": lambda job: job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"],
+    "jobset-hosts.yaml": lambda job: job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"],
     "pytorchjob.yaml": lambda job: job["spec"]["pytorchReplicaSpecs"]["Master"]["template"],
 }
 
@@ -60,9 +61,10 @@ def test_the_pods_are_what_kubernetes_accepts(pod: dict[str, Any]) -> None:
         validate(document)
 
 
-def test_the_claim_and_the_job_in_the_jobset_are_what_kubernetes_accepts() -> None:
+@pytest.mark.parametrize("name", ["jobset.yaml", "jobset-hosts.yaml"])
+def test_the_claim_and_the_job_in_the_jobset_are_what_kubernetes_accepts(name: str) -> None:
     validate(load("claim.yaml"))
-    jobset = load("jobset.yaml")
+    jobset = load(name)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     validate({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": job})
@@ -73,6 +75,21 @@ def test_the_operator_finds_its_container() -> None:
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     assert trainer(_TEMPLATES["pytorchjob.yaml"](job)["spec"])["name"] == "pytorch"
     assert "restartPolicy" not in _TEMPLATES["pytorchjob.yaml"](job)["spec"], "the replica's is the one that counts"
+
+
+def test_the_pods_of_several_hosts_meet_where_torchrun_looks_for_them() -> None:
+    jobset = load("jobset-hosts.yaml")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]
+    command = trainer(pod["spec"])["command"]
+    pods = job["template"]["spec"]["completions"]
+    assert (f"--nnodes={pods}" in command, job["template"]["spec"]["parallelism"]) == (True, pods)
+    network = jobset["spec"]["network"]
+    assert network["enableDNSHostnames"] is True
+    first = f"{jobset['metadata']['name']}-{job['name']}-0-0.{network['subdomain']}"  # as JobSet names its first pod
+    assert f"--rdzv-endpoint={first}:29500" in command
+    (apart,) = pod["spec"]["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert apart["labelSelector"]["matchLabels"] == pod["metadata"]["labels"]
 
 
 def test_saver_and_ranks_share_what_they_have_to(pod: dict[str, Any]) -> None:
