@@ -59,10 +59,11 @@ class Board:
 
 
 def board_of_job(prefix: str) -> Board | None:
-    """None where torch.distributed is not initialised."""
+    """None where torch.distributed is not initialised, or has none, as under MPI."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    return Board(c10d._get_default_store(), prefix)
+    store = c10d._get_default_store()
+    return Board(store, prefix) if store is not None else None
 
 
 def _lost(error: RuntimeError) -> CheckpointError:

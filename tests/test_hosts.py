@@ -85,6 +85,13 @@ def test_ranks_of_the_leads_host_have_none_and_the_others_get_keys_of_this_attac
     assert saver.asked[1].allow != saver.asked[0].allow, "keys are for one attach"
 
 
+def test_a_restart_that_the_environment_does_not_tell_has_another_name(seen_from: Callable[[str], None]) -> None:
+    """torchrun's agents count restarts each for itself."""
+    seen_from("a")
+    names = {one(0, HashStore()).meet(Saver(), 5.0)[0] for _ in range(2)}
+    assert len(names) == 2
+
+
 def test_the_secret_leaves_the_store_once_every_rank_is_attached(store: Any, seen_from: Callable[[str], None]) -> None:
     seen_from("a")
     first = one(0, store)
