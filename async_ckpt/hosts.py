@@ -105,6 +105,7 @@ class Hosts:
         self._topology, self._board, self._link = topology, board, link
         self._job = f"{topology.job}:{attempt}"
         self._notice: Notice | None = None  # as rank 0 has published it, or as another rank has read it
+        self._asked: tuple[LeadWanted, KeyPair] | None = None  # by rank 0; asked again it is answered alike
         self._looks = 0
         self.relayed = False  # what this rank stages goes to the lead on another host
 
@@ -169,12 +170,10 @@ class Hosts:
 
     def _open(self, client: Asks, timeout_s: float) -> None:
         told, link = self._notice, self._link
-        pair = self._pair()
-        if told is not None and told.endpoint is not None:  # the same port again: the others have been told
-            address = told.endpoint.removeprefix("tcp://")
-        else:
-            address = self._address()
-        wanted = LeadWanted(address=address, allow=pair.public, plain=link.plain)
+        if self._asked is None:
+            pair = self._pair()
+            self._asked = LeadWanted(address=self._address(), allow=pair.public, plain=link.plain), pair
+        wanted, pair = self._asked
         answer = client.ask(wanted, LeadOpen, timeout_s)
         if told is not None and (told.endpoint, told.server_key) != (answer.endpoint, answer.server_key):
             raise CheckpointError(
@@ -207,8 +206,6 @@ class Hosts:
             return KeyPair(b"", b"")
         if self._link.own is not None:
             return self._link.own
-        if self._notice is not None:
-            return KeyPair(self._notice.public_key, self._notice.secret_key)
         return KeyPair(*zmq.curve_keypair())
 
     def _address(self) -> str:

@@ -144,7 +144,7 @@ def test_a_replaced_saver_is_asked_for_the_same_port_and_key_or_all_attach_again
     far = one(2, store)
     before = far.meet(Saver(), 5.0)
     assert first.meet(saver, 5.0) == name
-    assert (saver.asked[1].address, saver.asked[1].allow) == ("10.0.0.1:40001", saver.asked[0].allow)
+    assert saver.asked[1] == saver.asked[0]
     assert far.meet(Saver(), 5.0) == before
     with pytest.raises(CheckpointError, match="attach again"):
         first.meet(Saver(key=b"T" * 40), 5.0)

@@ -130,13 +130,14 @@ class Server:
         return read_secret(secret)
 
     def _link_keys(self) -> tuple[KeyPair | None, set[bytes]]:
-        """Those that this saver was given hold for its links as well, whatever it serves its own ranks by."""
+        """Those that this saver was given hold for its links as well, whatever it serves its own ranks by. A list is
+        not needed: rank 0 names a key that may come in."""
         secret, allow = self._config.curve_secret, self._config.curve_allow
-        if secret is None or allow is None:
+        if secret is None:
             return None, set()
         from async_ckpt.core.keys import read_allowed, read_secret
 
-        return read_secret(secret), set(read_allowed(allow))
+        return read_secret(secret), set(read_allowed(allow)) if allow is not None else set()
 
     def _startup(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -11,7 +11,7 @@ import pytest
 from async_ckpt.core.keys import generate
 from tests.system import hosts
 from tests.system.hosts import SIDE, Cluster
-from tests.system.processes import Scenario, run_together, until
+from tests.system.processes import Scenario, run_together
 from tests.system.spread import HERE, all_reach, check, noted, state_of, tell
 from tests.system.wire import Proxy
 
@@ -41,7 +41,7 @@ def by_torchrun(folder: Path) -> None:
 def three_hosts_with_one_tmpdir(folder: Path) -> None:
     """FSDP1 on hosts with 1, 2 and 1 ranks, whose TMPDIR is the same directory of a shared filesystem."""
     with Cluster(folder, 3, shared_tmp=True) as cluster, cluster.job(f"{HERE}:saves", [1, 2, 1], "fsdp1", "2") as job:
-        all_reach(job, "trained-1")
+        all_reach(job, "settled-1")
         savers = [host.savers() for host in cluster.hosts]
         assert [len(found) for found in savers] == [1, 1, 1], "one saver a host"
         tell(folder, 2)
@@ -73,8 +73,7 @@ def a_cut_that_heals(folder: Path) -> None:
     with Cluster(folder, 2) as cluster:
         variables = {"ASYNC_CKPT_LEAD": f"tcp://{cluster.hosts[0].address(SIDE)}:0"}
         with cluster.job(f"{HERE}:saves", [1, 1], "fsdp2", "3", env=variables) as job:
-            all_reach(job, "trained-1")
-            until((folder / "run/checkpoint-1").exists, "checkpoint-1")
+            all_reach(job, "settled-1")
             cluster.cut(cluster.hosts[1], SIDE)
             tell(folder, 2)
             all_reach(job, "trained-2")
@@ -92,8 +91,7 @@ def a_slow_wire(folder: Path) -> None:
     with Cluster(folder, 2) as cluster, Proxy(cluster, delay_s=0.05) as wire:
         each = {0: {"ASYNC_CKPT_LEAD": wire.lead_address}, 1: {"ASYNC_CKPT_LEAD": wire.address}}
         with cluster.job(f"{HERE}:saves", [1, 1], "fsdp2", "2", each=each) as job:
-            all_reach(job, "trained-1")
-            until((folder / "run/checkpoint-1").exists, "checkpoint-1")
+            all_reach(job, "settled-1")
             wire.hold_after(4096)
             tell(folder, 2)
             all_reach(job, "trained-2")

@@ -39,7 +39,7 @@ def a_saver_is_killed(folder: Path, which: int, trials: int) -> None:
     where = random.Random(which)
     killed = []
     with Cluster(folder, 2) as cluster, Proxy(cluster) as wire, _job(cluster, wire, "saves", trials + 1) as job:
-        all_reach(job, "trained-1")
+        all_reach(job, "settled-1")
         for number in range(2, trials + 2):
             _committed(folder, number - 1)
             wire.hold_after(where.randrange(_PIECES_BYTES))
@@ -61,7 +61,7 @@ def a_saver_is_killed(folder: Path, which: int, trials: int) -> None:
 def both_savers_are_killed(folder: Path, trials: int) -> None:
     where = random.Random(2)
     with Cluster(folder, 2) as cluster, Proxy(cluster) as wire, _job(cluster, wire, "saves", trials + 1) as job:
-        all_reach(job, "trained-1")
+        all_reach(job, "settled-1")
         for number in range(2, trials + 2):
             _committed(folder, number - 1)
             wire.hold_after(where.randrange(_PIECES_BYTES))
@@ -122,8 +122,7 @@ def a_cut_for_good(folder: Path) -> None:
     with Cluster(folder, 2) as cluster:
         variables = {"ASYNC_CKPT_LEAD": f"tcp://{cluster.hosts[0].address(SIDE)}:0"}
         with cluster.job(f"{HERE}:saves", [1, 1], "fsdp2", "3", env=variables) as job:
-            all_reach(job, "trained-1")
-            _committed(folder, 1)
+            all_reach(job, "settled-1")
             cluster.cut(cluster.hosts[1], SIDE)
             for number in (2, 3):
                 tell(folder, number)
