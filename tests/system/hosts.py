@@ -21,11 +21,12 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.ranks import ROOT
 from tests.system.processes import Job, environment, until
 
+T = TypeVar("T")
 HOST_VARIABLE = "ASYNC_CKPT_TEST_HOST"  # the first process of the host that a rank of a job lives on
 TRAINING, SIDE = "training", "side"
 NETWORKS = {TRAINING: "10.77.0", SIDE: "10.78.0"}
@@ -234,6 +235,10 @@ class Cluster:
                 for local in range(count)
             ]
         return Job(target, len(places), self.folder, *args, env=env, each=places)
+
+    def keep(self, context: contextlib.AbstractContextManager[T]) -> T:
+        """Enter it; it ends with the hosts, when nothing on them needs it any more."""
+        return self._closing.enter_context(context)
 
     def switch_command(self, *command: str) -> list[str]:
         return ["nsenter", f"--net=/proc/{self._switch.pid}/ns/net", *command]

@@ -88,7 +88,8 @@ def a_cut_that_heals(folder: Path) -> None:
 
 def a_slow_wire(folder: Path) -> None:
     """The training does not wait for the wire: both steps after a save are done before half of it has passed."""
-    with Cluster(folder, 2) as cluster, Proxy(cluster, delay_s=0.05) as wire:
+    with Cluster(folder, 2) as cluster:
+        wire = cluster.keep(Proxy(cluster, delay_s=0.05))
         each = {0: {"ASYNC_CKPT_LEAD": wire.lead_address}, 1: {"ASYNC_CKPT_LEAD": wire.address}}
         with cluster.job(f"{HERE}:saves", [1, 1], "fsdp2", "2", each=each) as job:
             all_reach(job, "settled-1")

@@ -3,10 +3,11 @@ whole, and the training elsewhere goes on."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ pytestmark = pytest.mark.skipif(bool(hosts.impossible()), reason=hosts.impossibl
 _PIECES_BYTES = 20_000  # less than what a rank of the tiny model hands over
 
 
+@contextlib.contextmanager
+def _wired(folder: Path) -> Iterator[tuple[Cluster, Proxy]]:
+    with Cluster(folder, 2) as cluster:
+        yield cluster, cluster.keep(Proxy(cluster))
+
+
 def _job(cluster: Cluster, wire: Proxy, target: str, last: int) -> Job:
     each = {0: {"ASYNC_CKPT_LEAD": wire.lead_address}, 1: {"ASYNC_CKPT_LEAD": wire.address}}
     return cluster.job(f"{HERE}:{target}", [1, 1], "fsdp2", str(last), each=each)
@@ -38,7 +45,7 @@ def a_saver_is_killed(folder: Path, which: int, trials: int) -> None:
     """SIGKILL of the lead (0) or of the relay (1) while a piece is on its way, at another byte in each trial."""
     where = random.Random(which)
     killed = []
-    with Cluster(folder, 2) as cluster, Proxy(cluster) as wire, _job(cluster, wire, "saves", trials + 1) as job:
+    with _wired(folder) as (cluster, wire), _job(cluster, wire, "saves", trials + 1) as job:
         all_reach(job, "settled-1")
         for number in range(2, trials + 2):
             _committed(folder, number - 1)
@@ -60,7 +67,7 @@ def a_saver_is_killed(folder: Path, which: int, trials: int) -> None:
 
 def both_savers_are_killed(folder: Path, trials: int) -> None:
     where = random.Random(2)
-    with Cluster(folder, 2) as cluster, Proxy(cluster) as wire, _job(cluster, wire, "saves", trials + 1) as job:
+    with _wired(folder) as (cluster, wire), _job(cluster, wire, "saves", trials + 1) as job:
         all_reach(job, "settled-1")
         for number in range(2, trials + 2):
             _committed(folder, number - 1)
@@ -79,7 +86,7 @@ def both_savers_are_killed(folder: Path, trials: int) -> None:
 
 def ranks_of_a_host_are_killed(folder: Path) -> None:
     """They had staged their part: their saver hands it over without them."""
-    with Cluster(folder, 2) as cluster, Proxy(cluster) as wire, _job(cluster, wire, "saves_alone", 2) as job:
+    with _wired(folder) as (cluster, wire), _job(cluster, wire, "saves_alone", 2) as job:
         _committed(folder, 1)
         wire.hold_after(_PIECES_BYTES // 2)
         tell(folder, 2)
@@ -97,7 +104,7 @@ def ranks_of_a_host_are_killed(folder: Path) -> None:
 def a_host_is_lost(folder: Path, *, silently: bool) -> None:
     """In mid-transfer: that step is dropped and the one before it stands; what is left of the job hears of it and ends.
     `silently`: its link is cut first, so that no connection is closed and silence alone tells of it."""
-    with Cluster(folder, 2) as cluster, Proxy(cluster) as wire, _job(cluster, wire, "saves_alone", 3) as job:
+    with _wired(folder) as (cluster, wire), _job(cluster, wire, "saves_alone", 3) as job:
         _committed(folder, 1)
         wire.hold_after(_PIECES_BYTES // 2)
         tell(folder, 2)
@@ -106,7 +113,6 @@ def a_host_is_lost(folder: Path, *, silently: bool) -> None:
         if silently:
             cluster.cut(cluster.hosts[1], SIDE)
         cluster.hosts[1].lose()
-        wire.let_go()
         tell(folder, 3)
         until(lambda: job.statuses[0] is not None, "rank 0's end", 90.0)
         assert job.statuses[0] == 0, job.printed()
