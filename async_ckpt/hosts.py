@@ -23,6 +23,7 @@ import zmq
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.keys import KeyPair, read_public, read_secret
+from async_ckpt.core.location import Location, Url
 from async_ckpt.core.manifest import MANIFEST_NAME
 from async_ckpt.core.protocol import Lead, LeadOpen, LeadWanted
 from async_ckpt.core.slots import shm_identity
@@ -101,7 +102,7 @@ def read_link(environment: Mapping[str, str]) -> Link:
 class Hosts:
     """One attach of one rank. `meet` may be called again, after the saver was replaced."""
 
-    def __init__(self, topology: Topology, directory: Path, attempt: int, board: Board | None, link: Link) -> None:
+    def __init__(self, topology: Topology, attempt: int, board: Board | None, link: Link) -> None:
         self._topology, self._board, self._link = topology, board, link
         self._job = f"{topology.job}:{attempt}"
         self._notice: Notice | None = None  # as rank 0 has published it, or as another rank has read it
@@ -140,7 +141,7 @@ class Hosts:
             except CheckpointError as error:
                 log.warning("the keys of this attach stay in the job's store: %s", error)
 
-    def all_see(self, checkpoint: Path, timeout_s: float) -> None:
+    def all_see(self, checkpoint: Location, timeout_s: float) -> None:
         """Return when every rank sees `checkpoint`. Raises CheckpointError, on every rank, if one of them does not."""
         self._looks += 1
         blind = self._blind(checkpoint)
@@ -281,21 +282,26 @@ class Hosts:
     def _name(self) -> str:
         return self._notice.job if self._notice is not None else self._job
 
-    def _blind(self, checkpoint: Path) -> str:
+    def _blind(self, checkpoint: Location) -> str:
         """Why this rank cannot read `checkpoint`, "" if it can."""
+        here = f"rank {self._topology.rank} on host {socket.gethostname()}"
+        if isinstance(checkpoint, Url):  # all hosts see the same store, if they can look into it
+            try:
+                return "" if checkpoint.is_dir() else f"{here} sees no checkpoint at {checkpoint}"
+            except CheckpointError as error:
+                return f"{here} cannot look into the store: {error}"
         deadline_s = time.monotonic() + _VISIBLE_S
         while not _there(checkpoint):
             if time.monotonic() > deadline_s:
                 return (
-                    f"rank {self._topology.rank} on host {socket.gethostname()} sees no checkpoint at {checkpoint}: to "
-                    f"restore, every host has to see the directory, on a filesystem that they share (NFS, Lustre, "
-                    f"GPFS); only rank 0's host writes to it"
+                    f"{here} sees no checkpoint at {checkpoint}: to restore, every host has to see the directory, on a "
+                    f"filesystem that they share (NFS, Lustre, GPFS); only rank 0's host writes to it"
                 )
             time.sleep(_POLL_S)
         return ""
 
 
-def several_hosts(topology: Topology, directory: Path, attempt: int) -> Hosts | None:
+def several_hosts(topology: Topology, directory: Location, attempt: int) -> Hosts | None:
     """None on one host. Raises CheckpointError if nothing tells the ranks of other hosts where rank 0's saver is."""
     if not topology.spans_hosts:
         return None
@@ -309,7 +315,7 @@ def several_hosts(topology: Topology, directory: Path, attempt: int) -> Hosts | 
             f"{LEAD_VARIABLE}=tcp://IP:PORT (of rank 0's host), {SECRET_VARIABLE} and {SERVER_VARIABLE} "
             f"(`async-ckpt-saver keygen` makes the keys)"
         )
-    return Hosts(topology, directory, attempt, board, link)
+    return Hosts(topology, attempt, board, link)
 
 
 def _text(reason: str) -> str:

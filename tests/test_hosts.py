@@ -24,7 +24,6 @@ from async_ckpt.topology import Topology
 
 SERVER = b"S" * 40
 NOTHING = Link(None, False, None, None)
-DIRECTORY = Path("/nowhere/run")
 
 
 class Saver:
@@ -59,7 +58,7 @@ def seen_from(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 def one(rank: int, store: Any, link: Link = NOTHING, *, world: int = 4, attempt: int = 1) -> Hosts:
     here = Topology(rank, world, "job", process_of(os.getpid()), None, True)
-    return Hosts(here, DIRECTORY, attempt, None if store is None else Board(store, f"x/{attempt}"), link)
+    return Hosts(here, attempt, None if store is None else Board(store, f"x/{attempt}"), link)
 
 
 def test_ranks_of_the_leads_host_have_none_and_the_others_get_keys_of_this_attach(
