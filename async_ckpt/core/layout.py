@@ -10,6 +10,7 @@ UTF-8 bytes); padded with spaces to a multiple of 8; then the data, without gaps
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ _DTYPE_RANK = {name: rank for rank, name in enumerate(DTYPE_BITS)}
 _LENGTH_BYTES = 8
 
 
-class TensorSpec(msgspec.Struct, frozen=True):
+class TensorSpec(msgspec.Struct, frozen=True, gc=False):
     """One tensor of a file: `shape` is the global shape, `dtype` safetensors' name for it ("F32", "BF16")."""
 
     name: str
@@ -46,7 +47,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
         return self.numel * DTYPE_BITS[self.dtype] // 8
 
 
-class Extent(msgspec.Struct, frozen=True):
+class Extent(msgspec.Struct, frozen=True, gc=False):
     """A tensor and where it lies: bytes [start, stop) of the file, header included."""
 
     spec: TensorSpec
@@ -78,20 +79,23 @@ def plan_file(path: str, tensors: Iterable[TensorSpec]) -> FileLayout:
         if spec.dtype not in _DTYPE_RANK:
             raise CheckpointError(f"tensor {spec.name!r} has dtype {spec.dtype!r}, which safetensors cannot hold")
     specs.sort(key=lambda spec: (-_DTYPE_RANK[spec.dtype], spec.name.encode()))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:
-        if spec.name in header:
+        if spec.name in entries:
             raise CheckpointError(f"two tensors are named {spec.name!r} in {path}")
-        header[spec.name] = {
+        entries[spec.name] = {
             "dtype": spec.dtype,
             "shape": list(spec.shape),
             "data_offsets": [offset, offset + spec.nbytes],
         }
         offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return _assemble(path, len(text).to_bytes(_LENGTH_BYTES, "little") + text, header)
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    ends = list(itertools.accumulate((spec.nbytes for spec in specs), initial=len(header)))
+    extents = tuple(map(Extent, specs, ends, ends[1:]))
+    return FileLayout(path, header, extents, ends[-1])
 
 
 def parse_file(path: str, head: bytes) -> FileLayout:
@@ -103,9 +107,8 @@ def parse_file(path: str, head: bytes) -> FileLayout:
         length = header_bytes(head)
         if len(head) < length:
             raise ValueError(f"{len(head)} bytes of a header of {length}")
-        raw = json.loads(head[_LENGTH_BYTES:length])
-        layout = _assemble(path, bytes(head[:length]), raw)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        layout = _read(path, bytes(head[:length]))
+    except (ValueError, msgspec.DecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not begin with a safetensors header: {error!r}") from error
     position = length
     for extent in layout.extents:
@@ -126,29 +129,38 @@ def header_bytes(head: bytes) -> int:
     return _LENGTH_BYTES + length
 
 
-def _assemble(path: str, header: bytes, raw: dict[str, Any]) -> FileLayout:
+def _read(path: str, header: bytes) -> FileLayout:
+    """Entry by entry: thousands of them at once, as Python's objects, would leave holes in the memory of a process that
+    wants to stay small."""
+    raw = _decode_header(memoryview(header)[_LENGTH_BYTES:])
     if len(raw) > MAX_TENSORS + 1:
         raise ValueError(f"{len(raw)} tensors, at most {MAX_TENSORS} are allowed")
-    extents = []
-    for name, entry in raw.items():
-        if name == "__metadata__":
-            continue
-        name.encode()  # JSON can spell text that is none, and an error has to name the tensor
-        shape = entry["shape"]
-        if len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"tensor {name!r} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are allowed")
-        spec = TensorSpec(name, str(entry["dtype"]), tuple(_whole_number(size) for size in shape))
-        if spec.dtype not in _DTYPE_RANK or spec.numel * DTYPE_BITS[spec.dtype] % 8:
-            raise ValueError(f"tensor {name!r} has dtype {spec.dtype} and shape {spec.shape}")
-        start, stop = (_whole_number(offset) for offset in entry["data_offsets"])
-        extents.append(Extent(spec, len(header) + start, len(header) + stop))
+    raw.pop("__metadata__", None)
+    extents = [_extent(name, _decode_entry(entry), len(header)) for name, entry in raw.items()]
     extents.sort(key=lambda extent: (extent.start, extent.stop))
-    total = extents[-1].stop if extents else len(header)
-    return FileLayout(path, header, tuple(extents), total)
+    return FileLayout(path, header, tuple(extents), extents[-1].stop if extents else len(header))
 
 
-def _whole_number(value: object) -> int:
-    """JSON has 1.5, true and 1e400 as well, and no largest number."""
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError(f"{value!r:.40} is no size")
-    return value
+class _Entry(msgspec.Struct, gc=False):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+_decode_header = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_entry = msgspec.json.Decoder(_Entry).decode
+_NAMES = {name: name for name in DTYPE_BITS}  # one object for all tensors of a dtype
+
+
+def _extent(name: str, entry: _Entry, header_length: int) -> Extent:
+    name.encode()  # JSON can spell text that is none, and an error has to name the tensor
+    if len(entry.shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name!r} has {len(entry.shape)} dimensions, at most {MAX_DIMENSIONS} are allowed")
+    for size in (*entry.shape, *entry.data_offsets):
+        if not 0 <= size < 1 << 63:  # JSON has no largest number
+            raise ValueError(f"{size!r:.40} is no size")
+    dtype = _NAMES.get(entry.dtype)
+    if dtype is None or math.prod(entry.shape) * DTYPE_BITS[dtype] % 8:
+        raise ValueError(f"tensor {name!r} has dtype {entry.dtype} and shape {entry.shape}")
+    start, stop = entry.data_offsets
+    return Extent(TensorSpec(name, dtype, entry.shape), header_length + start, header_length + stop)
