@@ -27,7 +27,9 @@ from async_ckpt.core.protocol import Claims
 from .boxes import Holders, check_boxes, gather_boxes
 from .owners import Pattern, Shared, share_out
 
-_STRETCH_RUNS = 1 << 18  # bounds the memory that the proof takes, whatever the number of ranks
+# They bound the memory that the proof takes: with few ranks to what lies free in a young process anyway; with many to
+# 64 runs of each, since with fewer it would take longer to find where a stretch begins.
+_FEW_RUNS, _RUNS_A_PATTERN, _MOST_RUNS = 1 << 11, 1 << 6, 1 << 18
 _INT_BYTES = 8
 
 
@@ -92,7 +94,8 @@ def _stretches(line: Line, patterns: Sequence[Pattern]) -> Iterator[tuple[int, i
     """Tensors [first, last), so few that their runs on all ranks fit into memory."""
     tensors = len(line.extents)
     runs = sum(len(pattern.starts) for pattern in patterns)
-    step = max(1, tensors * _STRETCH_RUNS // max(runs, 1))
+    at_once = min(max(_FEW_RUNS, len(patterns) * _RUNS_A_PATTERN), _MOST_RUNS)
+    step = max(1, tensors * at_once // max(runs, 1))
     for first in range(0, tensors, step):
         yield first, min(first + step, tensors)
 

@@ -177,7 +177,7 @@ def test_runs_of_many_tensors_are_owned_once_wherever_they_lie_and_a_missing_one
             claim = Claim(number // 2 and 1, number if number < 2 else number - 2, Region.run(start, length))
             claims[rank].append(claim)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coverage, "_STRETCH_RUNS", stretch_runs)
+        patch.setattr(coverage, "_MOST_RUNS", stretch_runs)
         owned = granted(files, claims)
         owners = [
             (claim.file, claim.tensor, claim.region)
