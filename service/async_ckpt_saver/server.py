@@ -25,7 +25,6 @@ from async_ckpt.core.transport import EndpointInUse, transport_of
 
 from .doorkeeper import Doorkeeper
 from .hosts.links import Links
-from .http_listener import Address
 from .hub import Hub
 from .notify import Notifier
 from .roots import Roots
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from async_ckpt.core.keys import KeyPair
 
     from .eyes import Eyes
+    from .http_listener import Address
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import exit_codes
+from ..memory import no_collections, one_heap
 from ..settings import (
     BIND,
     CURVE_ALLOW,
@@ -21,6 +23,9 @@ from ..settings import (
     require,
 )
 from .options import add_file, add_settings, effective
+
+if TYPE_CHECKING:
+    from ..http_listener import Address
 
 HELP = "serve the ranks of this host until SIGTERM"
 EXAMPLE = """\
@@ -48,16 +53,17 @@ def run(options: argparse.Namespace) -> int:
     values = effective(options, SETTINGS)
     require(values, BIND, ROOT)
 
-    import asyncio
-    import logging
+    one_heap()
+    with no_collections():
+        import asyncio
+        import logging
 
-    import uvloop
+        import uvloop
 
-    from async_ckpt.core.transport import EndpointInUse
+        from async_ckpt.core.transport import EndpointInUse
 
-    from ..http_listener import parse_address
-    from ..roots import Roots
-    from ..server import Config, Server
+        from ..roots import Roots
+        from ..server import Config, Server
 
     logging.basicConfig(
         level=values["log_level"].value.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
@@ -69,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         embedded=options.embedded,
         curve_secret=_path(values["curve_secret"].value),
         curve_allow=_path(values["curve_allow"].value),
-        http=parse_address(values["http"].value) if values["http"].value else None,
+        http=_address(values["http"].value),
         keep_image_s=keep_image_s,
         grace_s=values["grace_s"].value,
         lease_s=values["lease_s"].value,
@@ -90,6 +96,14 @@ def run(options: argparse.Namespace) -> int:
         logging.error("%s", error)
         return exit_codes.IN_USE
     return exit_codes.OK
+
+
+def _address(text: str) -> Address | None:
+    if not text:
+        return None
+    from ..http_listener import parse_address  # most savers have no listener
+
+    return parse_address(text)
 
 
 def _path(text: str) -> Path | None:
