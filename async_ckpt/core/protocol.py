@@ -127,9 +127,11 @@ class Bye(_Message, frozen=True):
 
 
 class Ping(_Message, frozen=True):
-    """Sent every second: the lease. `unsettled` are the steps whose outcome the rank still waits for."""
+    """Sent every second: the lease. `unsettled` are the steps whose outcome the rank still waits for, `not_uploaded`
+    those that are committed and of whose upload it has not heard."""
 
     unsettled: Annotated[list[_Step], msgspec.Meta(max_length=MAX_UNSETTLED)]
+    not_uploaded: Annotated[list[_Step], msgspec.Meta(max_length=MAX_UNSETTLED)] = []
 
 
 class Promise(_Message, frozen=True):
@@ -245,6 +247,15 @@ class Traced(_Message, frozen=True):
     spans: Annotated[list[Span], msgspec.Meta(max_length=MAX_SPANS)]
 
 
+class Uploaded(_Message, frozen=True):
+    """What became of the copy of a committed step to the second tier: `url` is where it is, `reason` why it is not."""
+
+    step: int
+    outcome: Literal["uploaded", "failed", "dropped"]
+    url: str = ""
+    reason: str = ""
+
+
 class Pong(_Message, frozen=True):
     """`incarnation` differs after a restart of the saver; `known` is False if it holds no run of this rank."""
 
@@ -268,7 +279,7 @@ class Status(_Message, frozen=True):
     report: bytes
 
 
-Word = PromiseWanted | StopAfter | Traced  # what answers nothing, and concerns more than one step or none
+Word = PromiseWanted | StopAfter | Traced | Uploaded  # what answers nothing
 FromSaver = LayoutWanted | Granted | Started | Refused | Rejected | Ack | Settled | Pong | Status | LeadOpen | Word
 
 _encoder = msgspec.msgpack.Encoder()

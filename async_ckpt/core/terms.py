@@ -65,7 +65,7 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What all ranks of a run must agree on, layout aside."""
+    """What all ranks of a run must agree on, layout aside. `upload_to`: the second tier, "" for none."""
 
     directory: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_DIRECTORY_CHARS)]
     world: int
@@ -74,6 +74,7 @@ class Options(msgspec.Struct, frozen=True):
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_TIMEOUT_S)]
     verify_replicas: bool = False
     preemption: bool = False
+    upload_to: Annotated[str, msgspec.Meta(max_length=MAX_DIRECTORY_CHARS)] = ""
 
 
 class Lead(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import msgspec
@@ -75,9 +75,9 @@ class LocalStorage:
                 found.append(Committed(step, str(path), content.total_bytes))
         return found
 
-    def retain(self, policy: Policy) -> None:
+    def retain(self, policy: Policy, held: Collection[int] = ()) -> None:
         with below_root(self.directory, self._root) as place:
-            apply_policy(place, policy)
+            apply_policy(place, policy, held)
 
 
 def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from async_ckpt.core import manifest
 from async_ckpt.core.attempts import Attempts
@@ -67,11 +67,13 @@ class ObjectStorage:
             if each.run == run
         ]
 
-    def retain(self, policy: Policy) -> None:
+    def retain(self, policy: Policy, held: Collection[int] = ()) -> None:
         if policy.keeps_all:
             return
         attempts = Attempts(_PREPARE_S)
         for step in expired([(each.step, each.metrics) for each in manifest.manifests(self._url)], policy):
+            if step in held:
+                continue
             try:
                 remove_step(Objects(self._url, attempts), self._url, step, attempts)
             except CheckpointError as error:
@@ -155,7 +157,9 @@ class _Commit:
             before_part()
             self._step_hook(f"write:{path}")
             key = (self._folder / path).key
-            written[path] = upload_image_file(self._objects, key, self._job.image, path, before_part)
+            written[path] = upload_image_file(
+                self._objects, key, self._job.image, path, before_part, mapped=not self._job.original
+            )
         for path, data in self._job.documents.items():
             before_part()
             self._step_hook(f"write:{path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import BeingRead, removing
@@ -81,8 +81,8 @@ def remove(directory: str | os.PathLike[str], step: int) -> None:
         remove_tree(hidden)
 
 
-def apply_policy(directory: str | os.PathLike[str], policy: Policy) -> list[int]:
-    """Remove every checkpoint of a run that `policy` lets go; returns the steps removed.
+def apply_policy(directory: str | os.PathLike[str], policy: Policy, held: Collection[int] = ()) -> list[int]:
+    """Remove every checkpoint of a run that `policy` lets go and that is not `held`; returns the steps removed.
 
     One that is being read, or cannot be removed, is logged and tried again the next time. Raises CheckpointError if
     `directory` cannot be listed.
@@ -91,6 +91,8 @@ def apply_policy(directory: str | os.PathLike[str], policy: Policy) -> list[int]
         return []
     removed = []
     for step in expired(metrics_of(directory), policy):
+        if step in held:
+            continue
         try:
             remove(directory, step)
         except BeingRead as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import msgspec
@@ -55,5 +55,6 @@ class Storage(Protocol):
     def committed_by(self, run: str) -> list[Committed]:
         """What that run has committed, in order of step. A damaged manifest is an error: it cannot be said whose."""
 
-    def retain(self, policy: Policy) -> None:
-        """Remove what no rule keeps; never the newest. What cannot be removed is logged, and tried the next time."""
+    def retain(self, policy: Policy, held: Collection[int] = ()) -> None:
+        """Remove what no rule keeps; never the newest, nor the steps that are `held`. What cannot be removed is logged,
+        and tried the next time."""

@@ -27,6 +27,7 @@ from async_ckpt.core.manifest import (
     Metric,
     check_path,
     checkpoint_name,
+    decode_manifest,
     encode_manifest,
 )
 
@@ -52,7 +53,8 @@ class CommitJob(msgspec.Struct, frozen=True):
     `directory` is the run's, absolute and resolved. `image` is a slot's directory, whose `files` (relative paths) are
     taken as they are; `documents` are the small files of this save that are not in the image. The rest is for the
     manifest. The image must not change until `commit` has returned. `timeout_s` bounds what can be waited for in vain:
-    an object store.
+    an object store. `original`: the image is a checkpoint that was committed elsewhere, and these are the bytes of its
+    manifest; the copy gets the same ones, and is committed only if its files are what they say.
     """
 
     directory: str
@@ -66,6 +68,7 @@ class CommitJob(msgspec.Struct, frozen=True):
     versions: dict[str, str] = {}
     run: str = ""
     timeout_s: float = 600.0
+    original: bytes = b""
 
     @property
     def final(self) -> str:
@@ -225,6 +228,8 @@ def _write_manifest(job: CommitJob, temporary: str, written: dict[str, Written],
 
 def manifest_of(job: CommitJob, written: dict[str, Written]) -> bytes:
     """The bytes of the manifest, which name every file but itself. Raises CheckpointError."""
+    if job.original:
+        return _same_as_original(job, written)
     chunks = {path: list(file.chunks) for path, file in written.items() if file.chunks}
     manifest = Manifest(
         format=FORMAT,
@@ -239,6 +244,15 @@ def manifest_of(job: CommitJob, written: dict[str, Written]) -> bytes:
         chunks=Chunks(CHUNK_BYTES, chunks) if chunks else None,
     )
     return encode_manifest(manifest)
+
+
+def _same_as_original(job: CommitJob, written: dict[str, Written]) -> bytes:
+    there = decode_manifest(job.original).files
+    for path in sorted(there.keys() | written.keys()):
+        if path not in there or path not in written or written[path].entry != there[path]:
+            raise CheckpointError(f"{os.path.join(job.image, path)} is not what its manifest says: it is damaged, and "
+                                  f"is not copied; `async-ckpt-saver verify` says where")  # fmt: skip
+    return job.original
 
 
 def _check_there(temporary: str, written: dict[str, Written]) -> None:
