@@ -28,6 +28,8 @@ from .refusals import Refusals
 from .registration import Complete, Grant, Refusal, Registration, Verdict, Want
 from .services import Services
 from .status import RunStatus
+from .tiers import Tiers
+from .uploader import Uploaders
 from .watch import ProcessWatch
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,11 @@ class Desk:
         self._runs: list[LiveRun] = []
         self._kept: LiveRun | None = None
         self._kept_since_s = 0.0
+        self.uploaders = Uploaders(services, directory, lambda: self._runs)
 
     @property
     def empty(self) -> bool:
-        return not (self._registration or self._runs or self._kept or self._refused)
+        return not (self._registration or self._runs or self._kept or self._refused) and self.uploaders.idle
 
     @property
     def registering(self) -> bool:
@@ -251,7 +254,7 @@ class Desk:
     def _prepare(
         self, record: RunRecord, grant: Grant, registration: Registration
     ) -> tuple[RunImage, Callable[[], None]]:
-        undo = self._services.storage(self.directory).prepare()
+        undo = Tiers(self._services.roots, self.directory, record.options.upload_to).prepare()
         try:
             shares = remote_shares(registration, grant)
             return RunImage.create(self._services.endpoint, record, grant.layout, shares), undo
@@ -266,7 +269,8 @@ class Desk:
             self._services,
             image,
             ownership=ownership,
-            newest=self._newest,
+            newest=lambda: self._newest(image.record.options.upload_to),
+            uploader=self.uploaders.of(image.record.options),
             on_commit=self._drop_kept,
             on_end=lambda: self._end(run),
             on_fail=lambda reason: self._abandon(run, reason),
@@ -278,9 +282,9 @@ class Desk:
             self._watch.add((self.directory, image.path), image.record.launcher)
         return run
 
-    def _newest(self) -> Resume | None:
+    def _newest(self, upload_to: str) -> Resume | None:
         """The newest committed checkpoint, and its image if it is the one that is kept. Runs in a thread."""
-        newest = self._services.storage(self.directory).newest()
+        newest = Tiers(self._services.roots, self.directory, upload_to).newest()
         if newest is None:
             return None
         step, path = newest

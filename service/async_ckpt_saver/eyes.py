@@ -13,6 +13,7 @@ from pathlib import Path
 from .http_listener import Address, Answer, HttpListener, Route
 from .metrics import CONTENT_TYPE, Metrics
 from .status import SaverStatus, SaveStatus, encode_status
+from .upload_status import UploadedStep
 
 _REPEAT_S = 2.0
 _PROBE_S = 2.0
@@ -58,6 +59,11 @@ class Eyes:
 
     def observe(self, save: SaveStatus) -> None:
         self._metrics.observe(save)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def observe_upload(self, upload: UploadedStep) -> None:
+        self._metrics.observe_upload(upload)
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -33,6 +33,7 @@ from .live import LiveRun
 from .rejections import Cause
 from .services import Services
 from .status import SaverStatus, encode_status, process_memory_bytes, wall_clock_s
+from .uploader import Uploaders
 from .watch import ProcessWatch
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,15 @@ class Hub:
         """Ranks are alive, or attaching: they may still have something to save."""
         return any(desk.serving for desk in self._desks.values())
 
+    @property
+    def uploading(self) -> bool:
+        return not all(each.idle for each in self._uploaders())
+
     async def drain(self) -> None:
-        """Finish the commits under way. Runs stay in shared memory for the next saver on this endpoint."""
+        """Finish the commits under way. Runs stay in shared memory for the next saver on this endpoint, and uploads
+        are left to it."""
+        for each in self._uploaders():
+            await each.close()
         await self._services.drain()
         for desk in self._desks.values():
             desk.close()
@@ -142,6 +150,7 @@ class Hub:
             ended=[*self._services.ended],
             relayed_bytes=services.relayed_bytes,
             hosts=services.hosts(),
+            uploads=[each for uploaders in self._uploaders() for each in uploaders.status()],
         )
 
     def _admit(self, identity: bytes, message: Register | Refuse) -> None:
@@ -169,11 +178,12 @@ class Hub:
             if self._services.dial is not None:
                 return None  # the lead has a root as well, and is the one that writes
             return "unexpected", "this saver relays to nobody"
-        directory, roots = message.options.directory, self._services.roots
-        if roots.covers(directory):
+        options, roots = message.options, self._services.roots
+        outside = [each for each in (options.directory, options.upload_to) if each and not roots.covers(each)]
+        if not outside:
             return None
         return "unexpected", (
-            f"{directory} is outside the root {roots} of the saver at {self._services.endpoint}: "
+            f"{outside[0]} is outside the root {roots} of the saver at {self._services.endpoint}: "
             f"choose a directory below it, or start the saver with another --root"
         )
 
@@ -211,6 +221,10 @@ class Hub:
                 desk.launcher_gone(key[1])
         elif isinstance(key, bytes) and key in self._places:
             self._places[key].process_gone(key)
+
+    def _uploaders(self) -> list[Uploaders]:
+        """Where the ranks of a run have another host's saver, that one uploads."""
+        return [desk.uploaders for desk in self._desks.values() if isinstance(desk, Desk)]
 
     def _adopt(self, image: RunImage) -> None:
         lead = image.record.lead

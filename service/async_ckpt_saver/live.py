@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_REASON_CHARS
@@ -40,6 +40,7 @@ from .services import Services
 from .status import Chronicle, RunState, RunStatus, run_status
 from .storage import Committed
 from .tracing import RunTrace, StepTrace
+from .uploader import Uploader
 from .writer import CommitResult
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ log = logging.getLogger(__name__)
 class LiveRun:
     """`ownership` answers the registrations; None for a run that an earlier saver granted. `newest` is asked, in a
     thread, when all ranks are ready. `on_commit` and `on_end` tell the desk; `on_end` comes once, when every rank is
-    gone and every complete step is settled; `on_fail` if the run cannot start."""
+    gone and every complete step is settled; `on_fail` if the run cannot start. `uploader` copies what is committed to
+    the run's second tier, if it has one."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class LiveRun:
         on_commit: Callable[[], None],
         on_end: Callable[[], None],
         on_fail: Callable[[str], None],
+        uploader: Uploader | None = None,
     ) -> None:
         self.image = image
         self.ranks = {peer.identity: peer.rank for peer in image.record.peers}
@@ -71,6 +74,7 @@ class LiveRun:
         self._on_commit = on_commit
         self._on_end = on_end
         self._on_fail = on_fail
+        self._uploader = uploader
         self._machine = Run(image.record.options.world)
         self._chronicle = Chronicle(services.loop.time, lambda save: services.on_settled(save))
         self._trace = RunTrace() if image.record.trace else None
@@ -213,6 +217,10 @@ class LiveRun:
             settled = self._machine.settled(step)
             if settled is not None:
                 self._send(rank, settled)
+        for step in message.not_uploaded if self._uploader is not None else ():
+            uploaded = self._uploader.ended(step)  # type: ignore[union-attr]
+            if uploaded is not None:
+                self._send(rank, uploaded)
 
     def _rank_ready(self, rank: int) -> None:
         started = self.image.record.started
@@ -296,6 +304,8 @@ class LiveRun:
                 commit_s=result.commit_s,
                 reason="" if result.latest_moved else "`latest` could not be moved to it",
             )
+            if self._uploader is not None:
+                self._uploader.add(order.step)
             self._perform(self._machine.commit_done(order.step, settled))
             self._on_commit()
             await self._retain(trace)
@@ -306,12 +316,15 @@ class LiveRun:
     async def _retain(self, trace: StepTrace | None) -> None:
         policy = self.image.record.options.policy
 
-        def retain() -> None:
+        def retain(held: Collection[int] = ()) -> None:
             with trace.retaining() if trace is not None else contextlib.nullcontext():
-                self._storage.retain(policy)
+                self._storage.retain(policy, held)
 
         try:
-            await self._services.in_thread(retain)
+            if self._uploader is not None:
+                await self._uploader.retain(retain)
+            else:
+                await self._services.in_thread(retain)
         except (OSError, CheckpointError) as error:
             log.error("retention in %s failed: %s", self.image.directory, error)
 

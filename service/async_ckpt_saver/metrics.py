@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from .status import SaverStatus, SaveStatus
+from .upload_status import UploadedStep
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -28,8 +29,16 @@ class Metrics:
         self._copy = self._histogram("copy", "Copy of a rank's shards into shared memory, slowest rank.", _MEMORY_S)
         self._write = self._histogram("write", "Writing and syncing the files of a checkpoint.", _STORAGE_S)
         self._commit = self._histogram("commit", "Manifest, rename and syncing the directories.", _STORAGE_S)
+        self._upload = self._histogram("upload", "Copying a checkpoint to the second tier.", _STORAGE_S)
+        self._uploads = Counter("async_ckpt_uploads", "Uploads to a second tier.", ["outcome"], registry=registry)
+        self._upload_failures = Counter(
+            "async_ckpt_upload_failures", "Uploads that failed, by cause.", ["cause"], registry=registry
+        )
+        self._uploaded_bytes = Counter("async_ckpt_uploaded_bytes", "Bytes in second tiers.", registry=registry)
         for outcome in ("committed", "skipped", "failed"):
             self._saves.labels(outcome)  # a rate needs the zero before the first one
+        for outcome in ("uploaded", "failed", "dropped"):
+            self._uploads.labels(outcome)
         ProcessCollector(registry=registry)
         registry.register(_Present(status))
 
@@ -48,6 +57,15 @@ class Metrics:
             self._commit.observe(save.commit_s)
         else:
             self._failures.labels(save.cause).inc()
+
+    def observe_upload(self, upload: UploadedStep) -> None:
+        """An upload has ended, or will not be made."""
+        self._uploads.labels(upload.outcome).inc()
+        if upload.outcome == "uploaded":
+            self._uploaded_bytes.inc(upload.bytes)
+            self._upload.observe(upload.upload_s)
+        elif upload.outcome == "failed":
+            self._upload_failures.labels(upload.cause).inc()
 
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
@@ -77,6 +95,7 @@ class _Present:
         yield GaugeMetricFamily("async_ckpt_image_bytes", "Shared memory that runs hold.", value=held_bytes)
         yield from _last_commits(status)
         yield from _hosts(status)
+        yield from _uploads(status)
         rejected = CounterMetricFamily("async_ckpt_rejected_messages", "Messages not understood.", labels=["cause"])
         for cause, count in status.rejected_messages.items():
             rejected.add_metric([cause], count)
@@ -107,3 +126,20 @@ def _last_commits(status: SaverStatus) -> Iterator[Metric]:
             step.add_metric([run.directory], run.last_commit_step)
     yield at
     yield step
+
+
+def _uploads(status: SaverStatus) -> Iterator[Metric]:
+    labels = ["directory"]
+    queued = GaugeMetricFamily("async_ckpt_upload_queued_steps", "Steps not in the second tier yet.", labels=labels)
+    behind = GaugeMetricFamily(
+        "async_ckpt_upload_behind_seconds", "How long the second tier has lacked the newest steps.", labels=labels
+    )
+    at = GaugeMetricFamily("async_ckpt_last_upload_timestamp_seconds", "When a step was uploaded last.", labels=labels)
+    step = GaugeMetricFamily("async_ckpt_last_upload_step", "The step uploaded last.", labels=labels)
+    for each in status.uploads:
+        queued.add_metric([each.directory], len(each.queued) + (each.uploading is not None))
+        behind.add_metric([each.directory], each.behind_s)
+        if each.last_upload_age_s is not None and each.last_upload_step is not None:
+            at.add_metric([each.directory], status.now_unix_s - each.last_upload_age_s)
+            step.add_metric([each.directory], each.last_upload_step)
+    yield from (queued, behind, at, step)

@@ -192,6 +192,7 @@ class Server:
 
         self._eyes = Eyes(self._config.http, self._hub.status, self._config.roots.directories)
         self._services.on_settled = self._eyes.observe
+        self._services.on_uploaded = self._eyes.observe_upload
         log.info("http://%s/ shows what goes on", await self._eyes.start())
 
     async def _main_loop(self) -> None:
@@ -247,11 +248,12 @@ class Server:
             log.info("signal %d: finishing the commits under way", number)
             self._stop.set()
         else:
-            log.info("signal %d: serving the ranks that live for %g s at most; a second signal ends this saver at once",
-                     number, self._config.grace_s)  # fmt: skip
+            log.info("signal %d: serving the ranks that live, and uploading, for %g s at most; a second signal ends "
+                     "this saver at once", number, self._config.grace_s)  # fmt: skip
 
     def _may_end(self) -> bool:
-        return not self._hub.serving or self._loop.time() - self._signal_s >= self._config.grace_s
+        needed = self._hub.serving or self._hub.uploading
+        return not needed or self._loop.time() - self._signal_s >= self._config.grace_s
 
     def _drain_socket(self) -> None:
         """The descriptor is edge-triggered: read until there is nothing, and look again after sending."""

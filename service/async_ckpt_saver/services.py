@@ -17,6 +17,7 @@ from .rejections import Cause, Rejections
 from .roots import Roots
 from .status import ENDED_RUNS, HostStatus, RunStatus, SaveStatus
 from .storage import Storage
+from .upload_status import UploadedStep
 
 if TYPE_CHECKING:
     from .hosts.dialler import Link, LinkEvents
@@ -32,7 +33,8 @@ class Services:
 
     `relayed_bytes` came from savers of other hosts. `dial` makes a way to a lead, for ranks whose job has it elsewhere.
 
-    `ended` are the last runs that are over. `on_settled` is told of each save that has its outcome.
+    `ended` are the last runs that are over. `on_settled` is told of each save that has its outcome, `on_uploaded` of
+    each upload to a second tier.
 
     `lease_s`: after how long a silent rank that cannot be watched counts as dead. `keep_image_s`: how long the newest
     image of a dead run stays in RAM for its successor; `orphan_image_s` where nobody is left to start one.
@@ -49,12 +51,18 @@ class Services:
     rejections: Rejections = field(default_factory=Rejections)
     ended: deque[RunStatus] = field(default_factory=lambda: deque(maxlen=ENDED_RUNS))
     on_settled: Callable[[SaveStatus], None] = lambda save: None
+    on_uploaded: Callable[[UploadedStep], None] = lambda upload: None
     relayed_bytes: int = 0
     dial: Callable[[Lead, LinkEvents], Link] | None = None
     hosts: Callable[[], list[HostStatus]] = list
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="storage")
+    )
+
+    # Its own: a store that does not answer must not keep commits waiting.
+    _upload_pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="upload")
     )
 
     def __post_init__(self) -> None:
@@ -83,8 +91,12 @@ class Services:
     async def in_thread(self, work: Callable[[], T]) -> T:
         return await self.loop.run_in_executor(self._pool, work)
 
+    async def in_upload_thread(self, work: Callable[[], T]) -> T:
+        return await self.loop.run_in_executor(self._upload_pool, work)
+
     async def drain(self) -> None:
         """Wait for everything spawned, and for what that spawns."""
         while self.tasks:
             await asyncio.wait(set(self.tasks))
         self._pool.shutdown()
+        self._upload_pool.shutdown(wait=False)

@@ -19,6 +19,7 @@ import msgspec
 from async_ckpt.core.protocol import Failed, FromRank, Settled, Skipped, Staged
 
 from .run import Action, Commit
+from .upload_status import UploadStatus
 
 if TYPE_CHECKING:
     from .image import RunImage
@@ -122,6 +123,7 @@ class SaverStatus(msgspec.Struct, frozen=True):
     ended: list[RunStatus]
     relayed_bytes: int = 0
     hosts: list[HostStatus] = []
+    uploads: list[UploadStatus] = []
 
 
 class _Save:
