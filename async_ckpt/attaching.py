@@ -18,7 +18,7 @@ import torch
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_SLOTS, MAX_TIMEOUT_S
-from async_ckpt.core.location import Location, Url, location_of
+from async_ckpt.core.location import Location
 from async_ckpt.core.protocol import (
     PROTOCOL,
     Granted,
@@ -42,6 +42,7 @@ from .plain_model import Weights
 from .plan import Plan, Selection, plan_checkpoint
 from .preemption import Preemption
 from .staging import Staging
+from .tiers import DEFAULT, places_of
 from .topology import Topology, discover
 from .trace import Trace, trace_path
 from .training_state import Stateful, make_parts
@@ -62,7 +63,8 @@ def attach(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     scheduler: Stateful | None = None,
     *,
-    directory: str | os.PathLike[str] = "checkpoints",
+    directory: str | os.PathLike[str] = DEFAULT,
+    tiers: Sequence[str | os.PathLike[str]] | None = None,
     saver: str | None = None,
     adapter_name: str | Sequence[str] = "default",
     max_shard_size: int | str = "50GB",
@@ -90,6 +92,8 @@ def attach(
 
     `adapter_name`: one, or several that go into one checkpoint. `directory`: gets `checkpoint-<step>/` and `latest`; or
     a URL, `s3://bucket/prefix`, `gs://...` or `az://...`, which gets no `latest`: the newest is.
+    `tiers`: instead of `directory` two places, `["/local/ckpt", "s3://bucket/run"]`: a save is committed to the first,
+    a directory of this host, and copied to the second behind the training; `restore` takes the newest of both.
     `saver`: the endpoint of a running `async-ckpt-saver`; else the environment's ASYNC_CKPT_SAVER; else one is started
     on this host, which ends by itself. `slots`: snapshots that may be under way at once, each as large as a checkpoint,
     in /dev/shm. `when_busy`: what `save` does when all are. `staging`: "overlap" copies while training goes on, "sync"
@@ -121,9 +125,8 @@ def attach(
 
     Raises CheckpointError, on every rank with the same reason, saying what to change.
     """
-    given = location_of(directory)
-    given = given if isinstance(given, Url) else given.expanduser()
-    path = given.resolve()
+    places = places_of(directory, tiers)
+    path, second = places.first, places.second
     _check_arguments(slots, when_busy, staging, timeout_s)
     if weights not in ("auto", "trainable", "all"):
         raise CheckpointError(f"weights={weights!r}: give 'auto', 'trainable' or 'all'")
@@ -134,11 +137,14 @@ def attach(
         raise CheckpointError(f"{path} is attached already in this process: close() the earlier Checkpointer first")
     topology = discover()
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-    options = Options(str(path), topology.world, slots, policy, float(timeout_s), verify_replicas, preemption)
+    upload_to = "" if second is None else str(second)
+    options = Options(
+        str(path), topology.world, slots, policy, float(timeout_s), verify_replicas, preemption, upload_to
+    )
     endpoint = saver or os.environ.get(_SAVER_VARIABLE)
     if not names:
         raise CheckpointError("adapter_name is empty: name at least one adapter")
-    embedded = None if endpoint else EmbeddedSaver(path)
+    embedded = None if endpoint else EmbeddedSaver(path, second)
     transport = transport_of(endpoint or embedded.endpoint)  # type: ignore[union-attr]
     keys = _read_keys() if transport.encrypted else None
 
@@ -173,7 +179,7 @@ def attach(
         joined = join()
         failing.pop_all()
     where = f"the saver's log, {embedded.log_path}" if embedded is not None else f"the log of the saver at {endpoint}"
-    settings = Settings(path, given, topology.rank, when_busy, float(timeout_s), where)
+    settings = Settings(path, places.given, topology.rank, when_busy, float(timeout_s), where, second)
     _attached.add(path)
     return Checkpointer(
         model,

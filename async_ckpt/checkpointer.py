@@ -17,8 +17,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.manifest import checkpoint_name
-from async_ckpt.core.protocol import SaveRecord, Settled, Traced, Word
+from async_ckpt.core.protocol import SaveRecord, Settled, Traced, Uploaded, Word
 
 from . import restoring
 from .files import own_files
@@ -142,7 +141,9 @@ class Checkpointer:
         self._restored_or_warned = True
         slots = self._staging.slots
         found = (
-            self._newest() if checkpoint == "latest" else restoring.find(checkpoint, self._settings.directory, slots)
+            self._newest()
+            if checkpoint == "latest"
+            else restoring.find(checkpoint, self._settings.directory, self._settings.second, slots)
         )
         if found is None:
             return None
@@ -162,8 +163,8 @@ class Checkpointer:
         return Restored(step, dict(description.metrics), description.extra, source, given)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Return when every save so far has its outcome. Raises CheckpointError for the first one that failed, unless
-        its handle has said so already."""
+        """Return when every save so far has its outcome; of uploads to a second tier the handles tell (`uploaded`).
+        Raises CheckpointError for the first one that failed, unless its handle has said so already."""
         self._save_if_due()
         open_now = list(self._saves.open.values())
         for handle in [*self._saves.take_failed(), *open_now]:
@@ -172,8 +173,8 @@ class Checkpointer:
                 handle.wait(timeout_s)
 
     def close(self) -> None:
-        """Wait until everything staged is committed, then leave. Safe to call twice; never raises: what could not be
-        saved is logged, and its handle says why."""
+        """Wait until everything staged is committed, then leave: uploads to a second tier go on behind. Safe to call
+        twice; never raises: what could not be saved is logged, and its handle says why."""
         if self._closed:
             return
         self._save_if_due()
@@ -231,6 +232,8 @@ class Checkpointer:
         if isinstance(word, Traced):
             if self._trace is not None:
                 self._trace.heard(word)
+        elif isinstance(word, Uploaded):
+            self._saves.uploaded(word)
         elif self._preemption is not None:
             self._preemption.on_word(word)
 
@@ -320,11 +323,12 @@ class Checkpointer:
         for handle in list(self._saves.open.values()):
             handle.wait_released(self._settings.timeout_s)
         if self._saves.committed is not None:
-            return restoring.find(self._saves.committed.step, self._settings.directory, self._staging.slots)
+            step, slots = self._saves.committed.step, self._staging.slots
+            return restoring.find(step, self._settings.directory, self._settings.second, slots)
         if self._resume is None:
             return None
         image = Path(self._resume.image) if self._resume.image is not None else None
-        return Found(self._settings.directory / checkpoint_name(self._resume.step), image)
+        return Found(restoring.place_of(self._resume.step, self._settings.directory, self._settings.second), image)
 
     def _leave(self, copy_timeout_s: float | None) -> None:
         if self._closed:
@@ -338,10 +342,7 @@ class Checkpointer:
         self._client.close()
         atexit.unregister(self._at_exit)
         self._on_close()
-        for handle in list(self._saves.open.values()):
-            if handle.end("failed", "the checkpointer was closed before the outcome was known; the saver goes on"):
-                self._saves.stats.ended(handle)
-                log.warning("step %d: closed before its outcome was known; the saver goes on with it", handle.step)
+        self._saves.leave()
         if self._trace is not None:
             self._trace.close()
 

@@ -74,6 +74,7 @@ class Client:
         self.endpoint = transport.endpoint
         self._transport = transport
         self._unsettled: set[int] = set()
+        self.not_uploaded: list[int] = []  # steps whose upload is asked for; at most MAX_UNSETTLED, never changed
         self._embedded = embedded
         self.pulse = Pulse(transport.endpoint, embedded)
         self._on_settled: Callable[[Settled], None] = lambda settled: None
@@ -250,7 +251,7 @@ class Client:
         with self._lock:
             unsettled = sorted(self._unsettled)[:MAX_UNSETTLED]
         self.pulse.pinged()
-        self._send(Ping(unsettled=unsettled))
+        self._send(Ping(unsettled=unsettled, not_uploaded=self.not_uploaded))
 
     def _send(self, message: FromRank) -> None:
         self._connection.send(encode(message))

@@ -24,12 +24,15 @@ class EmbeddedSaver:
     It lives in a session of its own, so it outlives a killed trainer, finishes what is staged, and exits by itself.
     """
 
-    def __init__(self, directory: Location) -> None:
-        """`directory` is absolute, or a URL. Raises CheckpointError if the socket's directory is someone else's."""
+    def __init__(self, directory: Location, second: Location | None = None) -> None:
+        """`directory` is absolute, or a URL; so is `second`, to which it uploads.
+
+        Raises CheckpointError if the socket's directory is someone else's.
+        """
         self._home = embedded_home(directory)
         private_directory(self._home.parent)
         private_directory(self._home)
-        self._directory = directory
+        self._roots = [directory] if second is None else [directory, second]
         self.endpoint = embedded_endpoint(directory)
         self.log_path = self._home / "saver.log"
 
@@ -88,7 +91,9 @@ class EmbeddedSaver:
 
     def _start(self, deadline_s: float) -> None:
         command = [sys.executable, "-m", "async_ckpt_saver", "run", "--embedded", "--detach",
-                   "--bind", self.endpoint, "--root", str(self._directory)]  # fmt: skip
+                   "--bind", self.endpoint]  # fmt: skip
+        for root in self._roots:
+            command += ["--root", str(root)]
         if self.log_path.exists() and self.log_path.stat().st_size > _LOG_LIMIT_BYTES:
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
         log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -8,11 +8,12 @@ from typing import Literal
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.location import Location
 from async_ckpt.core.manifest import checkpoint_name
-from async_ckpt.core.protocol import Settled
+from async_ckpt.core.protocol import Settled, Uploaded
 from async_ckpt.core.slots import Phase
 
 from .latch import Latch
 from .staging import Copy
+from .upload import Upload
 
 State = Literal["staging", "staged", "committed", "skipped", "failed"]
 _POLL_S = 0.001
@@ -43,6 +44,7 @@ class SaveHandle:
         self._reported = False
         self._ended = Latch()
         self._released = Latch()
+        self._upload: Upload | None = None
 
     def __repr__(self) -> str:
         return f"<SaveHandle step={self.step} {self.state}>"
@@ -79,10 +81,30 @@ class SaveHandle:
         self._raise_if_lost()
         return self._directory / checkpoint_name(self.step)
 
+    def uploaded(self, timeout_s: float | None = None) -> str:
+        """Return the URL of the copy in the second tier, when that is committed there: it survives the loss of this
+        host.
+
+        Raises CheckpointError if the save or the upload failed, if a newer checkpoint was uploaded in its stead, or
+        after `timeout_s` (default: attach's); the upload goes on then.
+        """
+        if self._upload is None:
+            raise CheckpointError(f"step {self.step} has no second tier to go to: give attach(tiers=[first, second])")
+        deadline_s = time.monotonic() + self._limit_s(timeout_s)
+        path = self.wait(timeout_s)
+        return self._upload.wait(max(0.0, deadline_s - time.monotonic()), path, self._limit_s(timeout_s))
+
     # --- for the checkpointer --------------------------------------------------------------------------------------
 
     def begin(self, copy: Copy) -> None:
         self._copy = copy
+
+    def expect_upload(self) -> None:
+        self._upload = Upload()
+
+    def end_upload(self, uploaded: Uploaded) -> bool:
+        """The first end counts; True if this is it."""
+        return self._upload is not None and self._upload.end(uploaded)
 
     def commit(self, settled: Settled) -> None:
         self.bytes, self.write_s, self.commit_s = settled.bytes, settled.write_s, settled.commit_s

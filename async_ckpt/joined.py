@@ -17,7 +17,8 @@ from .staging import Staging
 @dataclass(frozen=True)
 class Settings:
     """What the user chose, as far as a Checkpointer needs it. `directory` is absolute; `given` is how the user named
-    it, and names the paths that are returned. `saver` says in an error where to look next."""
+    it, and names the paths that are returned. `saver` says in an error where to look next. `second`: the second tier,
+    to which committed checkpoints are copied."""
 
     directory: Location
     given: Location
@@ -25,6 +26,7 @@ class Settings:
     when_busy: Literal["wait", "skip"]
     timeout_s: float
     saver: str
+    second: Location | None = None
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ class Found:
     image: Path | None
 
 
-def find(checkpoint: str | int | os.PathLike[str], directory: Location, slots: Sequence[Slot]) -> Found:
+def find(
+    checkpoint: str | int | os.PathLike[str], directory: Location, second: Location | None, slots: Sequence[Slot]
+) -> Found:
     """The checkpoint of a step, or at a path. Raises CheckpointError if `checkpoint` is neither."""
     if isinstance(checkpoint, str | os.PathLike):
         return Found(location_of(checkpoint), None)
@@ -46,7 +48,13 @@ def find(checkpoint: str | int | os.PathLike[str], directory: Location, slots: S
         step = operator.index(checkpoint)
     except TypeError as error:
         raise CheckpointError(f"restore({checkpoint!r}): give 'latest', a step, or a path") from error
-    return Found(directory / checkpoint_name(step), image_of(step, slots))
+    return Found(place_of(step, directory, second), image_of(step, slots))
+
+
+def place_of(step: int, directory: Location, second: Location | None) -> Location:
+    """Where the checkpoint of a step is: in `directory`, else in the second tier, if there is one."""
+    path = directory / checkpoint_name(step)
+    return path if second is None or path.is_dir() else second / checkpoint_name(step)
 
 
 def image_of(step: int, slots: Sequence[Slot]) -> Path | None:

@@ -9,7 +9,8 @@ from typing import Literal
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.protocol import Failed, SaveRecord, Settled, Skipped, Staged
+from async_ckpt.core.limits import MAX_UNSETTLED
+from async_ckpt.core.protocol import Failed, SaveRecord, Settled, Skipped, Staged, Uploaded
 
 from .handle import SaveHandle
 from .joined import Joined, Settings
@@ -38,6 +39,7 @@ class Saves:
         self._trace = trace
         self._stuck: SaveHandle | None = None  # the occupant of a slot that was waited for in vain
         self._failed: list[SaveHandle] = []  # since take_failed()
+        self._uploading: dict[int, SaveHandle] = {}  # step -> committed, and on its way to the second tier
         self.use(joined)
 
     def use(self, joined: Joined) -> None:
@@ -46,6 +48,7 @@ class Saves:
         self._relayed = joined.hosts is not None and joined.hosts.relayed
         self._calls = 0
         self._occupants: dict[int, SaveHandle] = {}  # slot -> the last save that went into it
+        self._ask_for_uploads()
 
     def start(self, record: SaveRecord, *, when_busy: Literal["wait", "skip"]) -> SaveHandle:
         """Start copying into the next slot, after `when_busy` if another save is still in it."""
@@ -81,6 +84,8 @@ class Saves:
     def _new(self, step: int) -> SaveHandle:
         self.stats.saves += 1
         self.last = SaveHandle(step, self._settings.given, self._settings.timeout_s, relayed=self._relayed)
+        if self._settings.second is not None:
+            self.last.expect_upload()
         return self.last
 
     def _slot_free(self, slot: Slot, handle: SaveHandle, when_busy: Literal["wait", "skip"]) -> bool:
@@ -205,6 +210,9 @@ class Saves:
         if settled.outcome == "committed":
             # Whoever waits for the handle may go on at once: to restore it, or to save into its slot.
             self.committed = handle
+            if self._settings.second is not None:
+                self._uploading[handle.step] = handle
+                self._ask_for_uploads()
             handle.release()
             handle.commit(settled)
             self.stats.ended(handle)
@@ -217,12 +225,47 @@ class Saves:
             self._end(handle, settled.outcome, reason)
         handle.release()
 
+    def uploaded(self, uploaded: Uploaded) -> None:
+        """The saver says what became of an upload."""
+        handle = self._uploading.pop(uploaded.step, None)
+        if handle is None:
+            return
+        self._ask_for_uploads()
+        self._end_upload(handle, uploaded)
+
+    def leave(self) -> None:
+        """Nobody listens to the saver any more."""
+        for handle in list(self.open.values()):
+            if handle.end("failed", "the checkpointer was closed before the outcome was known; the saver goes on"):
+                self.stats.ended(handle)
+                log.warning("step %d: closed before its outcome was known; the saver goes on with it", handle.step)
+        self._lose_uploads("the checkpointer was closed before the outcome was known; the saver goes on")
+
+    def _ask_for_uploads(self) -> None:
+        self._client.not_uploaded = sorted(self._uploading)[-MAX_UNSETTLED:]
+
+    def _end_upload(self, handle: SaveHandle, uploaded: Uploaded) -> None:
+        if not handle.end_upload(uploaded):
+            return
+        if uploaded.outcome == "uploaded":
+            self.stats.uploaded += 1
+        else:
+            self.stats.not_uploaded += 1
+            log.log(logging.ERROR if uploaded.outcome == "failed" else logging.WARNING,
+                    "step %d is committed, but was not uploaded (%s): %s",
+                    handle.step, uploaded.outcome, uploaded.reason)  # fmt: skip
+
+    def _lose_uploads(self, reason: str) -> None:
+        for step in list(self._uploading):
+            self._uploading.pop(step).end_upload(Uploaded(step=step, outcome="failed", reason=reason))
+
     def lose(self, reason: str) -> None:
         """The saver has no run of ours any more: say it once, and let training go on without checkpoints."""
         if self.lost is not None:
             return
         self.lost = f"{reason} (see {self._settings.saver}); attach again"
         log.error("no more checkpoints will be saved: %s", self.lost)
+        self._lose_uploads(self.lost)
         for handle in list(self.open.values()):
             self._client.unexpect(handle.step)
             self._end(handle, "failed", self.lost)

@@ -23,6 +23,8 @@ class Stats:
     copy_last_s: float = 0.0
     write_last_s: float = 0.0
     commit_last_s: float = 0.0
+    uploaded: int = 0
+    not_uploaded: int = 0
 
     def add_stall(self, handle: SaveHandle, seconds: float) -> None:
         handle.stall_s += seconds

@@ -173,8 +173,8 @@ class RelayRun:
                 self._send(rank, settled)
             elif step not in under_way:
                 unknown.append(step)
-        if unknown:  # handed over, or settled before this saver was there
-            self._say(rank, Ping(unsettled=unknown[:MAX_UNSETTLED]))
+        if unknown or message.not_uploaded:  # handed over, or settled before this saver was there
+            self._say(rank, Ping(unsettled=unknown[:MAX_UNSETTLED], not_uploaded=message.not_uploaded))
 
     def _catch_up(self, rank: int, before: int | None) -> None:
         """What `rank` has staged (before a step) is in its cells; its word of it may be lost."""
