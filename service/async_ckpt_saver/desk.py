@@ -17,7 +17,7 @@ from pathlib import Path
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_REASON_CHARS
-from async_ckpt.core.protocol import FromRank, LayoutSent, LayoutWanted, Ping, Pong, Refused, Register, Resume
+from async_ckpt.core.protocol import FromRank, LayoutSent, LayoutWanted, Options, Ping, Pong, Refused, Register, Resume
 from async_ckpt.core.slots import Peer, RunRecord
 
 from .coverage import Ownership
@@ -254,7 +254,7 @@ class Desk:
     def _prepare(
         self, record: RunRecord, grant: Grant, registration: Registration
     ) -> tuple[RunImage, Callable[[], None]]:
-        undo = Tiers(self._services.roots, self.directory, record.options.upload_to).prepare()
+        undo = self._tiers(record.options).prepare()
         try:
             shares = remote_shares(registration, grant)
             return RunImage.create(self._services.endpoint, record, grant.layout, shares), undo
@@ -269,7 +269,7 @@ class Desk:
             self._services,
             image,
             ownership=ownership,
-            newest=lambda: self._newest(image.record.options.upload_to),
+            newest=lambda: self._newest(image.record.options),
             uploader=self.uploaders.of(image.record.options),
             on_commit=self._drop_kept,
             on_end=lambda: self._end(run),
@@ -282,9 +282,12 @@ class Desk:
             self._watch.add((self.directory, image.path), image.record.launcher)
         return run
 
-    def _newest(self, upload_to: str) -> Resume | None:
+    def _tiers(self, options: Options) -> Tiers:
+        return Tiers(self._services.roots, self.directory, options.upload_to, options.timeout_s)
+
+    def _newest(self, options: Options) -> Resume | None:
         """The newest committed checkpoint, and its image if it is the one that is kept. Runs in a thread."""
-        newest = Tiers(self._services.roots, self.directory, upload_to).newest()
+        newest = self._tiers(options).newest()
         if newest is None:
             return None
         step, path = newest
