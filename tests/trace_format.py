@@ -50,12 +50,13 @@ def names(events: list[Event]) -> Counter[tuple[str, str, str]]:
 
 
 def spans(events: list[Event], process: str, **args: Any) -> list[Event]:
-    """Those of one process ("saver", "rank 0") whose arguments are these, in order of time."""
+    """Those of one process ("saver", "rank 0") whose arguments are these, in order of time; what
+    begins at once is in the order of the file."""
     pids = {event["pid"] for event in events if event["name"] == "process_name"
             and event["args"]["name"].partition(" (")[0] == process}  # fmt: skip
     found = [event for event in events if event["ph"] == "X" and event["pid"] in pids
              and args.items() <= event["args"].items()]  # fmt: skip
-    return sorted(found, key=lambda event: (event["ts"], -event["dur"]))
+    return sorted(found, key=lambda event: int(event["ts"]))
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class LiveRun:
         self._uploader = uploader
         self._machine = Run(image.record.options.world)
         self._chronicle = Chronicle(services.loop.time, lambda save: services.on_settled(save))
-        self._trace = RunTrace() if image.record.trace else None
+        self._trace = RunTrace(lambda traced: self._send(0, traced)) if image.record.trace else None
         self._agreement = Agreement(image.record.options.world)
         self._ready: set[int] = set()
         self._closed: set[int] = set()
@@ -153,6 +153,8 @@ class LiveRun:
         senseless = self._senseless(message)
         if senseless is None:
             self._chronicle.heard(rank, message)
+            if self._trace is not None and rank == 0:
+                self._trace.heard()
         if senseless is not None:
             self._services.reject(self.image.record.peers[rank].identity, "unexpected", f"rank {rank}: {senseless}")
         elif isinstance(message, Ping):
@@ -310,7 +312,7 @@ class LiveRun:
             self._on_commit()
             await self._retain(trace)
         if self._trace is not None:
-            self._send(0, self._trace.take(order.step))
+            self._trace.done(order.step)
         self._maybe_end()
 
     async def _retain(self, trace: StepTrace | None) -> None:

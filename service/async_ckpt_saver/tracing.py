@@ -90,10 +90,14 @@ class StepTrace:
 
 
 class RunTrace:
-    """The steps of one run that are under way."""
+    """The steps of one run that are under way. What is done is told to rank 0 by `send`, as soon as it has been heard:
+    a saver that goes on with the run of another cannot reach it before."""
 
-    def __init__(self) -> None:
+    def __init__(self, send: Callable[[Traced], None]) -> None:
         self._steps: OrderedDict[int, StepTrace] = OrderedDict()
+        self._send = send
+        self._heard = False
+        self._untold: list[Traced] = []  # at most what lay in the slots when the run was found
 
     def step(self, step: int) -> StepTrace:
         if step not in self._steps:
@@ -102,11 +106,22 @@ class RunTrace:
                 self._steps.popitem(last=False)
         return self._steps[step]
 
-    def take(self, step: int) -> Traced:
-        """For rank 0: all that was done for it."""
+    def heard(self) -> None:
+        """Rank 0 has said something."""
+        self._heard = True
+        for traced in self._untold:
+            self._send(traced)
+        self._untold.clear()
+
+    def done(self, step: int) -> None:
+        """Nothing more will be done for it."""
         found = self.step(step)
         del self._steps[step]
-        return Traced(step=step, outcome=found.outcome, pid=os.getpid(), clock=clock(), spans=found.spans)
+        traced = Traced(step=step, outcome=found.outcome, pid=os.getpid(), clock=clock(), spans=found.spans)
+        if self._heard:
+            self._send(traced)
+        else:
+            self._untold.append(traced)
 
 
 def _span_of(name: str) -> str | None:

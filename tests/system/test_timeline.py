@@ -121,7 +121,7 @@ def saver_killed(folder: Path) -> None:
         (folder / "go").touch()
         job.wait()
     events = valid_events(file)
-    assert of_the_saver(events, 2) == _STEPS
+    assert of_the_saver(events, 2) == _STEPS, job.printed()
     on_one_line(events, 2)
 
 
