@@ -14,10 +14,9 @@ from async_ckpt.core.location import Location, Url
 from async_ckpt.core.manifest import checkpoint_name
 from async_ckpt.core.retention_policy import Policy
 
-from .filesystem import remove_tree
 from .latest_link import point_latest
 from .retention import expired, metrics_of, remove
-from .temporaries import leftovers
+from .temporaries import leftovers, remove_leftover
 
 IS_READ = "is being read"
 IS_NEW = "nothing in it: a saver may have made it just now; the next attach removes it if not"
@@ -59,7 +58,7 @@ def collect(
         if _may_be_new(entry):
             note(Removal(entry.name, size_bytes, "leftover", False, IS_NEW))
         else:
-            note(Removal(entry.name, size_bytes, "leftover", not dry_run and remove_tree(entry.path)))
+            note(Removal(entry.name, size_bytes, "leftover", not dry_run and remove_leftover(entry.path)))
     for step in expired(metrics_of(directory), policy):
         note(_expire(directory, step, dry_run))
     if not dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 
 from async_ckpt.core.errors import CheckpointError
 
+from .filesystem import remove_tree
+
+TRIES = 10
 _NONCE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIRECTORY = re.compile(r"\.checkpoint-[0-9]{1,18}\.[A-Za-z0-9_-]{1,64}\.(tmp|trash)")
 _LINK = re.compile(r"\.latest\.[A-Za-z0-9_-]{1,64}\.tmp")
@@ -51,12 +55,80 @@ def claim(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(path: str) -> Iterator[None]:
-    """Within the block other savers leave the directory alone: two of them may serve one run directory for a while."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Within the block other savers leave the directory alone: two of them may serve one run directory for a while.
+    Raises OSError, FileNotFoundError if it is not there, or not any more."""
+    fd = _hold(path)
+    if fd is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def made_and_held(path: str) -> Iterator[None]:
+    """A new directory, held; when the block fails it is removed, if it still has this name. Another saver that sweeps
+    may take it in the instant before it is held: then it is made again.
+
+    Raises OSError, also if it is there, and CheckpointError if it is taken away again and again.
+    """
+    fd = _make_and_hold(path)
+    try:
+        yield
+    except BaseException:
+        remove_tree(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _make_and_hold(path: str) -> int:
+    for _ in range(TRIES):
+        os.mkdir(path)
+        try:
+            fd = _hold(path)
+        except BaseException:
+            remove_tree(path)
+            raise
+        if fd is not None:
+            return fd
+    raise CheckpointError(f"{path} cannot be made: somebody removes it again and again, as fast as it is made")
+
+
+def _hold(path: str) -> int | None:
+    """The descriptor that holds it; None if it is not there any more."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
     try:
         with contextlib.suppress(OSError):  # a filesystem without locks
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+            fcntl.flock(fd, fcntl.LOCK_EX)  # whoever looks at it, or removes it, has it for an instant
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(fd)):
+                return fd
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def remove_leftover(path: str) -> bool:
+    """Remove a directory that `leftovers` has listed, unless somebody holds it by now. True if all of it is gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return remove_tree(path)  # a filesystem without locks
+    else:
+        return remove_tree(path)
     finally:
         os.close(fd)
 

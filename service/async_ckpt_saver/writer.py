@@ -32,9 +32,9 @@ from async_ckpt.core.manifest import (
 )
 
 from .datafile import CHUNK_BYTES, StepHook, Written, write_bytes, write_image_file
-from .filesystem import fsync_directory, make_directories, remove_again, remove_tree, rename_new
+from .filesystem import fsync_directory, make_directories, remove_again, rename_new
 from .latest_link import point_latest
-from .temporaries import check_nonce, claim, held, leftovers, new_nonce
+from .temporaries import check_nonce, claim, leftovers, made_and_held, new_nonce, remove_leftover
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def sweep(directory: str | os.PathLike[str]) -> list[str]:
             if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.path)
                 removed.append(entry.name)
-            elif remove_tree(entry.path):
+            elif remove_leftover(entry.path):
                 removed.append(entry.name)
         fsync_directory(directory)
     except OSError as error:
@@ -169,14 +169,8 @@ def _temporary_directory(job: CommitJob, nonce: str, step_hook: StepHook) -> Ite
     step_hook("mkdir")
     make_directories(job.directory)
     remove_again(job.directory)  # its space may be wanted
-    with claim(name):
-        os.mkdir(path)
-        try:
-            with held(path):
-                yield path
-        except BaseException:
-            remove_tree(path)
-            raise
+    with claim(name), made_and_held(path):
+        yield path
 
 
 def _fill_and_publish(job: CommitJob, temporary: str, step_hook: StepHook) -> CommitResult:
