@@ -81,7 +81,7 @@ def main() -> None:
             storage_path=str(run.parent),
             name=run.name,
             failure_config=FailureConfig(max_failures=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=3),  # so attach has no keep_last: only one of them removes
+            checkpoint_config=CheckpointConfig(num_to_keep=3),  # Ray removes, so attach has no keep_last
         ),
     )
     result = trainer.fit()
