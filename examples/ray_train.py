@@ -8,7 +8,6 @@ Kill a worker whenever you like: Ray starts all of them again, and they go on fr
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,9 +84,8 @@ def main() -> None:
         ),
     )
     result = trainer.fit()
-    print(f"newest: {result.checkpoint.path if result.checkpoint else None}, {result.metrics}")
+    print(f"newest: {async_ckpt.latest(run)}; last reported in this life: {result.metrics}")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     main()

@@ -14,12 +14,13 @@ from async_ckpt.core.location import Location, Url
 from async_ckpt.core.manifest import checkpoint_name
 from async_ckpt.core.retention_policy import Policy
 
-from .latest_link import point_latest
+from .latest_link import LATEST, point_latest
 from .retention import expired, metrics_of, remove
 from .temporaries import leftovers, remove_leftover
 
 IS_READ = "is being read"
 IS_NEW = "nothing in it: a saver may have made it just now; the next attach removes it if not"
+NOT_MOVED = "cannot be moved to the newest checkpoint; the line before says why"
 LEFT_ALONE = (IS_READ, IS_NEW)
 
 
@@ -28,7 +29,7 @@ class Removal(msgspec.Struct, frozen=True):
 
     name: str
     bytes: int
-    kind: str  # "leftover" or "checkpoint"
+    kind: str  # "leftover" or "checkpoint"; "link" if `latest` could not be moved
     done: bool
     reason: str = ""
 
@@ -61,8 +62,8 @@ def collect(
             note(Removal(entry.name, size_bytes, "leftover", not dry_run and remove_leftover(entry.path)))
     for step in expired(metrics_of(directory), policy):
         note(_expire(directory, step, dry_run))
-    if not dry_run:
-        point_latest(directory)
+    if not dry_run and not point_latest(directory):
+        note(Removal(LATEST, 0, "link", False, NOT_MOVED))
     return removals
 
 

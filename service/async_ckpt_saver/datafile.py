@@ -51,12 +51,15 @@ class Digests:
     def __init__(self, chunk_bytes: int) -> None:
         self._chunk_bytes = chunk_bytes
         self._whole = xxhash.xxh3_128()
-        self._chunks: list[xxhash.xxh3_64] = []
+        self._chunk: xxhash.xxh3_64 | None = None
+        self._done: list[str] = []  # a hasher takes forty times as much memory
 
     def update(self, data: memoryview, start: int) -> None:
-        if start % self._chunk_bytes == 0:
-            self._chunks.append(xxhash.xxh3_64())
-        chunk = self._chunks[-1]
+        if self._chunk is None or start % self._chunk_bytes == 0:
+            if self._chunk is not None:
+                self._done.append(self._chunk.hexdigest())
+            self._chunk = xxhash.xxh3_64()
+        chunk = self._chunk
         for offset in range(0, len(data), _HASHED_BYTES):
             with data[offset : offset + _HASHED_BYTES] as piece:
                 self._whole.update(piece)
@@ -68,7 +71,7 @@ class Digests:
 
     @property
     def chunks(self) -> tuple[str, ...]:
-        return tuple(chunk.hexdigest() for chunk in self._chunks) if len(self._chunks) > 1 else ()
+        return (*self._done, self._chunk.hexdigest()) if self._chunk is not None and self._done else ()
 
 
 def write_image_file(image: str, path: str, destination: str, hashing: Executor, step_hook: StepHook) -> Written:

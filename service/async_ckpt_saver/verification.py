@@ -125,8 +125,7 @@ def _manifest(checkpoint: Location) -> tuple[Manifest | None, list[Damage]]:
 
 def _damage_of(checkpoint: Location, name: str, manifest: Manifest, progress: Progress) -> Iterator[Damage]:
     path, entry = checkpoint / name, manifest.files[name]
-    chunks = manifest.chunks.xxh3_64.get(name, []) if manifest.chunks is not None else []
-    chunk_bytes = manifest.chunks.bytes if manifest.chunks is not None else CHUNK_BYTES
+    chunks, chunk_bytes = _chunks_of(manifest, name)
     try:
         with opened(path) as file:
             if file.bytes != entry.bytes:
@@ -153,6 +152,16 @@ def _damage_of(checkpoint: Location, name: str, manifest: Manifest, progress: Pr
             tensors = tensors_within(layout, start, stop) if layout is not None else []
             names = tuple(extent.spec.name for extent in tensors)
             yield Damage(name, "not the bytes that were committed", start, stop, names)
+
+
+def _chunks_of(manifest: Manifest, name: str) -> tuple[list[str], int]:
+    """The hashes of the chunks of `name`, and how long these are. A manifest may be forged: its pieces count only if it
+    has a hash for each, for each costs memory and it cannot have many; else they are ours and nothing is placed."""
+    if manifest.chunks is not None:
+        hashes, chunk_bytes = manifest.chunks.xxh3_64.get(name, []), manifest.chunks.bytes
+        if len(hashes) == -(-manifest.files[name].bytes // chunk_bytes):
+            return hashes, chunk_bytes
+    return [], CHUNK_BYTES
 
 
 def _differing(found: Any, expected: list[str], chunk_bytes: int, length: int) -> Iterator[tuple[int, int]]:

@@ -55,6 +55,7 @@ def run(folder: Path, *command: str, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.full
 def test_a_killed_worker_and_rays_restart(folder: Path) -> None:
     """Ray starts both workers again, and they go on from the save that one of them did not outlive by a step."""
     run(folder, "-m", "tests.integrations.ray_job", str(folder))
@@ -82,6 +83,6 @@ def test_the_example_goes_on(folder: Path) -> None:
     for _ in range(2):
         printed = run(folder, str(ROOT / "examples" / "ray_train.py"), str(folder / "run"),
                       FINETUNE_MODEL=str(folder / "model"))  # fmt: skip
-        assert f"newest: {folder}/run/checkpoint-12, {{'step': 12" in printed
+        assert f"newest: {folder}/run/checkpoint-12; " in printed
     found = sorted(path.name for path in (folder / "run").glob("checkpoint-*") if path.is_dir())
     assert found == ["checkpoint-10", "checkpoint-12", "checkpoint-8"]

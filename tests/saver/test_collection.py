@@ -12,7 +12,9 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import reading
 from async_ckpt.core.manifest import committed
 from async_ckpt.core.retention_policy import Policy
-from async_ckpt_saver.collection import IS_NEW, Removal, collect
+from async_ckpt_saver import exit_codes
+from async_ckpt_saver.cli import main
+from async_ckpt_saver.collection import IS_NEW, NOT_MOVED, Removal, collect
 from async_ckpt_saver.temporaries import held
 from tests.saver.checkpoints import commit_checkpoint
 
@@ -123,3 +125,17 @@ def test_it_looks_at_the_lock_of_the_kernel(run: Path) -> None:
 def test_no_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a directory"):
         collect(tmp_path / "none", NOTHING, dry_run=True)
+
+
+def test_a_latest_that_cannot_be_moved_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever reads by the link would go on with what has been removed."""
+    (run / "latest").unlink()
+    (run / "latest").mkdir()
+    assert [each for each in collected(run, NOTHING) if each[0] == "latest"] == [("latest", False, NOT_MOVED)]
+    assert [each for each in collected(run, NOTHING, dry_run=True) if each[0] == "latest"] == []
+    assert main(["gc", str(run), "--keep-last", "1"]) == exit_codes.ERROR
+    assert f"latest  0 B  stays: {NOT_MOVED}" in capsys.readouterr().out
+    assert steps(run) == [4]
+    (run / "latest").rmdir()
+    assert main(["gc", str(run)]) == exit_codes.OK
+    assert os.readlink(run / "latest") == "checkpoint-4"

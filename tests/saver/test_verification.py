@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import safetensors
 import xxhash
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import BeingRead, removing
-from async_ckpt.core.manifest import read_manifest
+from async_ckpt.core.manifest import Manifest, encode_manifest, read_manifest
+from async_ckpt_saver.datafile import Digests
 from async_ckpt_saver.verification import Report, planned_bytes, verify
 from tests.saver.checkpoints import ADAPTER, CONFIG, DOCUMENT, LARGE, LORA, STATE, adapter, commit_checkpoint, state
 
@@ -225,3 +227,31 @@ def test_a_manifest_without_a_hash_is_told_from_one_that_was_changed(copied: Pat
     manifest.write_text(json.dumps(content))
     [damage] = verify(copied).damage
     assert "it has no hash of its own" in str(damage)
+
+
+@pytest.mark.parametrize("forged", [{"bytes": 1}, {"bytes": 1, "xxh3_64": {}}, {"bytes": 2**60}])
+def test_a_manifest_does_not_say_in_what_pieces_a_file_is_read(
+    large: Path, tmp_path: Path, forged: dict[str, Any]
+) -> None:
+    """Each piece costs memory: hashes in the manifest, which is bounded, pay for them, or there are none."""
+    copied = Path(shutil.copytree(large, tmp_path / "checkpoint-3"))
+    manifest = json.loads((copied / "async_ckpt.json").read_bytes())
+    manifest["chunks"] |= forged
+    del manifest["self_xxh3_128"]
+    (copied / "async_ckpt.json").write_bytes(encode_manifest(msgspec.convert(manifest, Manifest)))
+    reads: list[int] = []
+    assert verify(copied, reads.append).damage == []
+    assert len(reads) < 20, "17 MB in pieces of 8 MiB"
+    data = (copied / ADAPTER).read_bytes()
+    (copied / ADAPTER).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (damage,) = verify(copied).damage
+    assert (damage.file, damage.start, damage.stop) == (ADAPTER, 0, len(data))
+
+
+def test_many_chunks_cost_their_hashes_and_no_more() -> None:
+    digests = Digests(1)
+    for start in range(1000):
+        digests.update(memoryview(b"x"), start)
+    assert digests.chunks == (xxhash.xxh3_64_hexdigest(b"x"),) * 1000
+    assert digests.whole == xxhash.xxh3_128_hexdigest(b"x" * 1000)
+    assert all(isinstance(each, str) for each in digests._done), "a hasher has half a kilobyte"
