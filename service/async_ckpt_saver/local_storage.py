@@ -17,11 +17,12 @@ from async_ckpt.core.retention_policy import Policy
 
 from .datafile import StepHook
 from .filesystem import fsync_directory
+from .naming import rename_in
 from .recovery import commit_once
 from .retention import apply_policy
 from .storage import Committed
 from .temporaries import probe
-from .writer import CommitError, CommitJob, CommitResult, sweep
+from .writer import CommitJob, CommitResult, sweep
 
 
 class LocalStorage:
@@ -54,12 +55,7 @@ class LocalStorage:
         self, job: CommitJob, still_whole: Callable[[], bool], step_hook: StepHook = lambda name: None
     ) -> CommitResult:
         with below_root(self.directory, self._root) as place:
-            try:
-                result = commit_once(msgspec.structs.replace(job, directory=place), still_whole, step_hook)
-            except CommitError as error:
-                error.reason = error.reason.replace(place, self.directory)  # the name that people know
-                error.args = (error.reason,)
-                raise
+            result = commit_once(msgspec.structs.replace(job, directory=place), still_whole, step_hook)
         return msgspec.structs.replace(result, path=job.final)
 
     def newest(self) -> tuple[int, str] | None:
@@ -111,11 +107,15 @@ def below_root(directory: str, root: Path) -> Iterator[str]:
     symbolic link, meanwhile: it leads through a descriptor, whose place is asked of the kernel when it is open.
 
     Missing directories are made, durably, and never through a link. Raises CheckpointError if `directory` leads out
-    of `root`, OSError for the rest.
+    of `root`, OSError for the rest. Errors that leave the block name `directory`.
     """
     fd = _open_below(directory, root)
+    place = f"/proc/self/fd/{fd}"
     try:
-        yield f"/proc/self/fd/{fd}"
+        yield place
+    except (OSError, CheckpointError) as error:
+        rename_in(error, place, directory)
+        raise
     finally:
         os.close(fd)
 

@@ -62,12 +62,13 @@ def run(options: argparse.Namespace) -> int:
 
         from async_ckpt.core.transport import EndpointInUse
 
+        from ..naming import NamingFormatter
         from ..roots import Roots
         from ..server import Config, Server
 
-    logging.basicConfig(
-        level=values["log_level"].value.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(NamingFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=values["log_level"].value.upper(), handlers=[handler])
     keep_image_s = values["keep_image_s"].value
     config = Config(
         bind=values["bind"].value,
