@@ -120,7 +120,12 @@ def trainers_own_answer_to_signals_is_refused(folder: Path) -> None:
 
 CASES: dict[str, Callable[[Path], None]] = {
     **{
-        schedule: functools.partial(saves_what_trainer_saves, schedule=schedule, asked=list(ASKED))
+        # Asked twice for one step, before and after the epoch is logged, Trainer overwrites; we keep the first.
+        schedule: functools.partial(
+            saves_what_trainer_saves,
+            schedule=schedule,
+            asked=[who for who in ASKED if (schedule, who) != ("epochs", "on_step_end-3")],
+        )
         for schedule in SCHEDULES
     },
     "logs-nothing": what_logs_nothing_is_saved_all_the_same,
