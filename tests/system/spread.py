@@ -28,6 +28,7 @@ from tests.system.training import (
     step,
     wrapped,
 )
+from tests.tiny_llama import lora
 
 HERE = "tests.system.spread"
 LIMIT_S = 60.0
@@ -120,6 +121,27 @@ def goes_on(folder: str, kind: str, number: str) -> None:
         keep(training.folder / "expected" / str(int(number) + 1), kept(training.folder / "expected" / number))
     training.ckpt.save(int(number) + 1).wait()
     training.ckpt.close()
+
+
+def stops_after_the_same_step(folder: str, kind: str) -> None:
+    """Train until told to end; note after how many steps that was."""
+    training = Training(folder, kind, preemption=True)
+    training.step()
+    reached(folder, f"training-{rank()}")
+    steps = 1
+    while not training.ckpt.preempted:
+        training.step()
+        steps += 1
+    training.expect(steps)
+    handle = training.ckpt.save(steps)
+    note(folder, [str(steps), outcome(handle)])
+    training.ckpt.close()
+
+
+def has_another_model(folder: str, kind: str, who: str) -> None:
+    """Rank `who` attaches an adapter of another rank."""
+    model = wrapped(kind, config=lora(r=3)) if rank() == int(who) else wrapped(kind)
+    note(folder, [refusal(lambda: attach(model, directory=Path(folder, "run"), timeout_s=LIMIT_S))])
 
 
 def does_not_see(folder: str, kind: str) -> None:

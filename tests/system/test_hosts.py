@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +146,25 @@ def one_that_cannot_take_part(folder: Path, who: str) -> None:
     assert sum(f"rank {who} cannot take part" in reason for (reason,) in said) == 2, said
 
 
+def another_model_on_another_host(folder: Path) -> None:
+    with Cluster(folder, 2) as cluster, cluster.job(f"{HERE}:has_another_model", [1, 1], "plain", "1") as job:
+        job.wait()
+    (first,), (second,) = noted(folder, 2)
+    assert first == second
+    assert "on rank 1, but" in first
+
+
+def a_notice_to_end_on_another_host(folder: Path) -> None:
+    """SIGTERM on one rank: all ranks stop after the same step, and it is committed."""
+    with Cluster(folder, 2) as cluster, cluster.job(f"{HERE}:stops_after_the_same_step", [1, 1], "fsdp2") as job:
+        all_reach(job, "training")
+        os.kill(job.pids[1], signal.SIGTERM)
+        job.wait()
+    first, second = noted(folder, 2)
+    assert first == second == [first[0], "committed"]
+    check(folder, int(first[0]))
+
+
 def where_the_directory_is_not_shared(folder: Path) -> None:
     """It can be written, by rank 0's host, and not be restored; every rank hears of it."""
     with Cluster(folder, 2) as cluster:
@@ -165,6 +186,8 @@ _ALL: tuple[Callable[[Path], None], ...] = (
     a_slow_wire,
     by_the_environment,
     with_another_key,
+    another_model_on_another_host,
+    a_notice_to_end_on_another_host,
     where_the_directory_is_not_shared,
 )
 SCENARIOS: dict[str, Scenario] = {
