@@ -235,7 +235,8 @@ class Desk:
         """What the machine may refuse: the directory, shared memory."""
         record = record_of(registration, grant)
         try:
-            image, undo = await self._services.in_thread(lambda: self._prepare(record, grant, registration))
+            far = self._services.storage(self.directory).far
+            image, undo = await self._services.in_thread(lambda: self._prepare(record, grant, registration), far=far)
         except Exception as error:
             if not isinstance(error, CheckpointError):
                 log.exception("cannot open a run in %s", self.directory)

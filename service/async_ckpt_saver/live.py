@@ -132,7 +132,7 @@ class LiveRun:
             self._take_up(self._committed_before())
 
     async def _recover_far(self) -> None:
-        self._take_up(await self._services.in_thread(self._committed_before))
+        self._take_up(await self._services.in_thread(self._committed_before, far=True))
         self._maybe_end()
 
     def _committed_before(self) -> list[Committed]:
@@ -237,7 +237,7 @@ class LiveRun:
     async def _start(self) -> None:
         """The same newest checkpoint goes to every rank, so that all of them restore the same one."""
         try:
-            resume = await self._services.in_thread(self._newest)
+            resume = await self._services.in_thread(self._newest, far=self._storage.far)
             if self.abandoned:
                 return
             started = Started(resume=resume, newest_step=resume.step if resume is not None else None)
@@ -289,7 +289,7 @@ class LiveRun:
                 with trace.committing():
                     return self._storage.commit_once(job, lambda: still_whole() == order.step, trace.mark)
 
-            result = await self._services.in_thread(commit)
+            result = await self._services.in_thread(commit, far=self._storage.far)
         except Exception as error:  # whatever it is, training and the next save go on
             self._chronicle.commit_failed(order.step, error)
             if not isinstance(error, CheckpointError):
@@ -326,7 +326,7 @@ class LiveRun:
             if self._uploader is not None:
                 await self._uploader.retain(retain)
             else:
-                await self._services.in_thread(retain)
+                await self._services.in_thread(retain, far=self._storage.far)
         except (OSError, CheckpointError) as error:
             log.error("retention in %s failed: %s", self.image.directory, error)
 

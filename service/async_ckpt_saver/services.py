@@ -59,7 +59,9 @@ class Services:
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="storage")
     )
-
+    _far_pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(max_workers=16, thread_name_prefix="far")
+    )
     # Its own: a store that does not answer must not keep commits waiting.
     _upload_pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="upload")
@@ -88,8 +90,10 @@ class Services:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        return await self.loop.run_in_executor(self._pool, work)
+    async def in_thread(self, work: Callable[[], T], *, far: bool = False) -> T:
+        """`far`: it waits for a network, as `Storage.far` says. Such work has threads of its own, so that a store that
+        does not answer keeps no directory of this host waiting."""
+        return await self.loop.run_in_executor(self._far_pool if far else self._pool, work)
 
     async def in_upload_thread(self, work: Callable[[], T]) -> T:
         return await self.loop.run_in_executor(self._upload_pool, work)
@@ -100,3 +104,4 @@ class Services:
             await asyncio.wait(set(self.tasks))
         self._pool.shutdown()
         self._upload_pool.shutdown(wait=False)
+        self._far_pool.shutdown()

@@ -1,0 +1,31 @@
+"""Threads: what waits for a network has its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+from async_ckpt_saver.services import Services
+
+
+def test_a_store_that_does_not_answer_keeps_no_directory_waiting(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        services = Services(
+            endpoint="e",
+            root=tmp_path,
+            incarnation="i",
+            send=lambda identity, message: None,
+            loop=asyncio.get_running_loop(),
+        )
+        release = threading.Event()
+        stuck = [asyncio.ensure_future(services.in_thread(release.wait, far=True)) for _ in range(40)]
+        await asyncio.sleep(0)
+        near = services.in_thread(lambda: threading.current_thread().name)
+        assert (await asyncio.wait_for(near, 30)).startswith("storage")
+        assert not any(each.done() for each in stuck)
+        release.set()
+        assert await asyncio.gather(*stuck) == [True] * 40
+        await services.drain()
+
+    asyncio.run(scenario())
