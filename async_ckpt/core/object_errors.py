@@ -69,7 +69,7 @@ _THROTTLED = re.compile(
 _PERMANENT: tuple[tuple[re.Pattern[str], str, int | None], ...] = (
     (
         re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist"),
-        "there is no such bucket: create it, or see AWS_REGION and AWS_ENDPOINT_URL",
+        "there is no such bucket: create it, or see the region, account and endpoint in the environment",
         errno.ENOENT,
     ),
     (
@@ -83,7 +83,9 @@ _PERMANENT: tuple[tuple[re.Pattern[str], str, int | None], ...] = (
         errno.EACCES,
     ),
     (
-        re.compile(r"InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|AuthenticationFailed|InvalidAuthentication"),
+        re.compile(
+            r"InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|AuthenticationFailed|failed to authenticate"
+        ),
         _CREDENTIALS,
         errno.EACCES,
     ),
@@ -121,7 +123,8 @@ def _short(text: str) -> str:
     said = _XML.search(text)
     if said is not None:
         status = _STATUS.search(text)
-        words = [f"HTTP {status[1]}" if status is not None else "", said[1], said[2] or ""]
+        message = (said[2] or "").strip().partition("\n")[0]  # Azure adds ids and times
+        words = [f"HTTP {status[1]}" if status is not None else "", said[1], message]
         return " ".join(word for word in words if word)[:_SHOWN_CHARS]
     for pattern, meaning in _CAUSES:
         if pattern.search(text):
