@@ -70,8 +70,8 @@ def test_what_does_not_come_back_fails_the_save_and_leaves_nothing(
 ) -> None:
     url, proxy = proxied
     proxy.say(mode)
-    with pytest.raises(CommitError, match=r"step 1 was not committed to s3://.*\d+ attempts within 3 s"):
-        put(url, 1, image, timeout_s=3.0)
+    with pytest.raises(CommitError, match=r"step 1 was not committed to s3://.*\d+ attempts within 1 s"):
+        put(url, 1, image, timeout_s=1.0)
     proxy.say("pass")
     assert Objects(url).walk(url.key) == {}
     assert latest(str(url)) is None
@@ -82,7 +82,7 @@ def test_a_network_that_swallows_everything_ends_the_commit(proxied: tuple[Url, 
     url, proxy = proxied
     proxy.stop_after(12 << 20)
     with pytest.raises(CommitError, match="was not committed"):
-        put(url, 1, image, timeout_s=2.0)
+        put(url, 1, image, timeout_s=1.0)
     assert proxy.stopped.is_set()
     proxy.say("pass")
     assert latest(str(url)) is None

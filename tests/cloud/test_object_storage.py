@@ -19,6 +19,7 @@ from async_ckpt_saver.object_storage import ObjectStorage
 from async_ckpt_saver.reservation import Reservations
 from async_ckpt_saver.storage import Storage
 from async_ckpt_saver.writer import AlreadyCommittedError, CommitError, CommitJob, commit
+from tests.cloud.weed import Weed
 from tests.saver.committing import ADAPTER, DOCUMENTS, STATE, job_of, make_image
 
 FILES = {ADAPTER, STATE, *DOCUMENTS}
@@ -60,6 +61,22 @@ def test_a_commit_is_byte_for_byte_what_a_directory_gets(
     assert [(step, str(path)) for step, path in committed(str(url))] == [(7, f"{url}/checkpoint-7")]
     assert str(latest(str(url))) == f"{url}/checkpoint-7"
     assert unfinished_uploads(objects, url) == []
+
+
+def test_a_whole_bucket_may_be_the_directory(weed: Weed, url: Url, image: Path) -> None:
+    """There is no prefix: keys begin with the names of checkpoints."""
+    weed.make_bucket("whole")
+    whole = Url("s3://whole")
+    ObjectStorage(whole).prepare()
+    assert put(whole, 1, image) == "s3://whole/checkpoint-1"
+    assert put(whole, 2, image) == "s3://whole/checkpoint-2"
+    assert set(Objects(whole).walk("")) == {
+        f"checkpoint-{step}/{name}" for step in (1, 2) for name in {*FILES, "async_ckpt.json"}
+    }
+    ObjectStorage(whole).retain(Policy(keep_last=1))
+    assert str(latest("s3://whole")) == "s3://whole/checkpoint-2"
+    assert [each.name for each in collect_objects(whole, Policy(), dry_run=False)] == []
+    assert {path.partition("/")[0] for path in Objects(whole).walk("")} == {"checkpoint-2"}
 
 
 def test_a_commit_that_this_run_has_made_already_counts(url: Url, image: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.location import Location, location_of
+from async_ckpt.core.location import Location, Url, location_of
 
 
 def checkpoint_directories(given: str) -> list[Location]:
@@ -16,8 +16,11 @@ def checkpoint_directories(given: str) -> list[Location]:
         return [path]
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: give a training directory, or a checkpoint in it")
-    steps = ((parse_step(each.name), each) for each in path.iterdir() if each.is_dir() and not each.is_symlink())
-    found = sorted((step, each) for step, each in steps if step is not None)
+    if isinstance(path, Url):
+        names = path.folders()
+    else:
+        names = [each.name for each in path.iterdir() if each.is_dir() and not each.is_symlink()]
+    found = sorted((step, path / name) for name in names if (step := parse_step(name)) is not None)
     if not found:
         raise CheckpointError(f"{path} holds no checkpoint: give the directory that attach was given")
     return [each for _, each in found]
