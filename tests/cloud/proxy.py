@@ -27,7 +27,7 @@ class Proxy:
     """
 
     def __init__(self, port: int) -> None:
-        self._port = port
+        self.port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.mode: Mode = "pass"
@@ -107,7 +107,7 @@ class Proxy:
         client.sendall("\r\n".join(lines).encode())
 
     def _forward(self, client: socket.socket) -> None:
-        with socket.create_connection(("127.0.0.1", self._port)) as server:
+        with socket.create_connection(("127.0.0.1", self.port)) as server:
             self._open.add(server)
             while True:
                 ready, _, _ = select.select([client, server], [], [])

@@ -14,7 +14,7 @@ from async_ckpt.core.claims import pack_claims
 from async_ckpt.core.layout import TensorSpec, plan_file
 from async_ckpt.core.location import Url
 from async_ckpt.core.manifest import committed, latest
-from async_ckpt.core.objects import Objects
+from async_ckpt.core.objects import Objects, store_of
 from async_ckpt.core.protocol import Ack, Bye, Claim, Granted, ImageFile, Layout, Options, Settled, Staged
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
@@ -104,6 +104,31 @@ def killed_in_mid_upload(url: Url, proxy: Proxy, weed: Weed, folder: Path) -> No
         saver.kill()
         proxy.say("pass")
     remove_run(Path(granted.run))
+
+
+def test_what_a_living_saver_uploads_is_left_alone(proxied: tuple[Url, Proxy], folder: Path) -> None:
+    """`gc` and the sweep of another job, in the middle of it."""
+    url, proxy = proxied
+    image = make_image(folder / "image", adapter_bytes=24 << 20)
+    proxy.stop_after(12 << 20)
+    outcome: list[object] = []
+    thread = threading.Thread(target=lambda: outcome.append(put(url, 1, image)))
+    thread.start()
+    assert proxy.stopped.wait(30)
+    # What is on its way stands still: gc has to go another way to the store.
+    with Proxy(proxy.port) as beside, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", beside.endpoint)
+        store_of.cache_clear()
+        found = collect_objects(url, Policy(keep_last=1), dry_run=False)
+        ObjectStorage(url).sweep()
+        assert [(each.name, each.done) for each in found] == [("checkpoint-1", False)]
+        assert "a saver is at work on it" in found[0].reason
+        assert len(unfinished_uploads(Objects(url), url)) == 1
+        assert Objects(url).walk(url.key).keys() == {".async-ckpt/checkpoint-1"}
+    store_of.cache_clear()
+    proxy.say("pass")
+    thread.join(60)
+    assert outcome == [f"{url}/checkpoint-1"]
 
 
 def test_what_a_lost_host_had_uploaded_is_collected(

@@ -110,6 +110,28 @@ def test_a_slot_that_was_taken_meanwhile_leaves_nothing(url: Url, objects: Objec
     assert latest(str(url)) is None
 
 
+def test_a_manifest_that_appears_during_the_upload_is_not_replaced(url: Url, objects: Objects, image: Path) -> None:
+    """Whatever became of the reservation: the last word is a creation that fails if there is one."""
+    theirs = b"a manifest of somebody else"
+
+    def in_the_meantime() -> bool:
+        return objects.create((url / "checkpoint-1" / "async_ckpt.json").key, theirs)
+
+    with pytest.raises(AlreadyCommittedError, match="exists already"):
+        ObjectStorage(url).commit_once(job_at(url, 1, image), in_the_meantime)
+    assert objects.read((url / "checkpoint-1" / "async_ckpt.json").key) == theirs
+
+
+def test_a_file_that_vanishes_during_the_upload_fails_it(url: Url, objects: Objects, image: Path) -> None:
+    def removed(name: str) -> None:
+        if name == "write:README.md":
+            objects.remove([(url / "checkpoint-1" / ADAPTER).key])
+
+    with pytest.raises(CommitError, match="was changed by another program"):
+        ObjectStorage(url).commit_once(job_at(url, 1, image), lambda: True, removed)
+    assert below(objects, url) == set()
+
+
 def test_two_savers_race_for_a_step_and_one_of_them_has_all_of_it(
     url: Url, objects: Objects, image: Path, tmp_path: Path
 ) -> None:
