@@ -12,6 +12,7 @@ from async_ckpt.core.attempts import Attempts
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.location import Url
 from async_ckpt.core.manifest import committed, latest
+from async_ckpt.core.object_errors import ObjectError
 from async_ckpt.core.objects import Objects
 from async_ckpt_saver.object_collection import unfinished_uploads
 from async_ckpt_saver.writer import CommitError
@@ -90,9 +91,22 @@ def test_a_network_that_swallows_everything_ends_the_commit(proxied: tuple[Url, 
     assert_there(url, image)
 
 
-def test_nothing_is_said_to_be_there_or_not_while_the_store_is_silent(proxied: tuple[Url, Proxy]) -> None:
-    """`latest` must not answer None, for training would then begin anew."""
+def test_nothing_is_said_to_be_there_or_not_while_the_store_is_silent(
+    proxied: tuple[Url, Proxy], image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`latest` must not answer None, nor an older one, for training would then begin anew, or go back."""
     url, proxy = proxied
+    put(url, 1, image)
+
+    def fails(objects: Objects, key: str, limit_bytes: int | None = None) -> None:
+        raise ObjectError(f"reading {key}: the store cannot be reached")
+
+    with monkeypatch.context() as patch:  # from the second request on: what is there is known, not what is in it
+        patch.setattr(Objects, "fetch", fails)
+        for look in (latest, committed):
+            with pytest.raises(CheckpointError, match="cannot be reached"):
+                look(str(url))
+    assert str(latest(str(url))) == f"{url}/checkpoint-1"
     proxy.say("cut")
     objects = Objects(url, Attempts(1.0))
     with pytest.raises(CheckpointError, match="cannot be reached"):
