@@ -16,6 +16,7 @@ from async_ckpt.core.protocol import (
     Granted,
     LeadWanted,
     Ping,
+    Ready,
     Refuse,
     Register,
     Rejected,
@@ -131,6 +132,8 @@ class Reception:
             else:
                 raise SenselessError(f"a {type(message).__name__} of a rank that is not this relay's")
         self._hub.receive(word.identity, message)
+        if isinstance(message, Ready) and (rank := self._rank(word.identity)) is not None:
+            self._services.spawn(self._services.in_thread(rank.prepare))
 
     def _admit(self, sessions: Sessions, session: Session, identity: bytes, message: Register | Refuse) -> None:
         if self._hub.knows(identity) and not self._bound(sessions, session, identity):

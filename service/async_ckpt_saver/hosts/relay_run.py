@@ -7,7 +7,6 @@ killed or cut off, it is offered again by whoever is there next.
 from __future__ import annotations
 
 import logging
-import mmap
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -43,6 +42,7 @@ from ..services import Services
 from ..status import Chronicle, RunState, RunStatus, run_status
 from .dialler import Link
 from .link_words import Held, Left, Offer, Piece, Say, Wanted
+from .mapped import MappedImages
 from .outgoing import Leave, Outgoing, Report, Transfer
 from .shares import read_share
 from .spans import Pieces
@@ -78,13 +78,15 @@ class RelayRun:
             sizes_bytes = [path.stat().st_size for path in paths]
         except OSError as error:
             raise CheckpointError(f"the image of {image.path} cannot be looked at: {error}") from error
-        self._pieces = {rank: Pieces(read_share(image.path, rank, sizes_bytes)) for rank in self._peers}
+        spans = {rank: read_share(image.path, rank, sizes_bytes) for rank in self._peers}
+        self._pieces = {rank: Pieces(each) for rank, each in spans.items()}
         self._out = {rank: Outgoing(pieces.count) for rank, pieces in self._pieces.items()}
         self._settled: OrderedDict[int, Settled] = OrderedDict()
         self._leaving: set[int] = set()  # dead, or they said goodbye
         self._over: set[int] = set()  # and the lead knows it, or does not know them any more
-        self._maps: dict[tuple[int, int], memoryview] = {}
+        self._mapped = MappedImages(image, writable=False)
         self._ended = False
+        services.spawn(services.in_thread(lambda: self._mapped.populate([s for each in spans.values() for s in each])))
 
     @property
     def started(self) -> bool:
@@ -278,7 +280,7 @@ class RelayRun:
     def end(self) -> None:
         if not self._ended:
             self._ended = True
-            self._maps.clear()
+            self._mapped.close()
             self._on_end()
 
     # --- handing over ------------------------------------------------------------------------------------------------
@@ -321,21 +323,13 @@ class RelayRun:
         cell = self.image.states[staged.slot].cell(rank)
         if cell.phase is not Phase.STAGED or cell.step != staged.step:
             return  # it has an outcome that this saver has not heard of, or the rank would not have gone on
-        parts = [self._map(staged.slot, span.file)[span.start : span.stop] for span in self._pieces[rank].cut(number)]
+        parts = [
+            self._mapped.view(staged.slot, span.file)[span.start : span.stop] for span in self._pieces[rank].cut(number)
+        ]
         payload: memoryview | bytes = parts[0] if len(parts) == 1 else b"".join(parts)
         word = Piece(identity=self._peers[rank].identity, step=staged.step, number=number,
                      xxh3=xxhash.xxh3_64_intdigest(payload))  # fmt: skip
         self._link.hand_over(word, payload)
-
-    def _map(self, slot: int, number: int) -> memoryview:
-        """The image as bytes: what is sent is read from where the rank has put it."""
-        view = self._maps.get((slot, number))
-        if view is None:
-            path = self.image.slots[slot].image / self.image.record.files[number]
-            with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            view = self._maps[slot, number] = memoryview(mapped)
-        return view
 
     def _say(self, rank: int, message: FromRank) -> None:
         self._link.say(Say(identity=self._peers[rank].identity, payload=encode(message)))

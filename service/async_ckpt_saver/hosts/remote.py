@@ -6,8 +6,6 @@ a lead that was killed and follows its journal) it is a rank like any other.
 
 from __future__ import annotations
 
-import os
-
 import msgspec
 import xxhash
 
@@ -18,6 +16,7 @@ from async_ckpt.core.slots import Phase
 from ..live import LiveRun
 from .incoming import Incoming
 from .link_words import Offer, Piece
+from .mapped import MappedImages
 from .shares import read_share
 from .spans import Pieces
 
@@ -37,9 +36,14 @@ class RemoteRank:
             sizes_bytes = [path.stat().st_size for path in self._paths]
         except OSError as error:
             raise CheckpointError(f"the image of {image.path} cannot be looked at: {error}") from error
-        self._pieces = Pieces(read_share(image.path, rank, sizes_bytes))
+        self._spans = read_share(image.path, rank, sizes_bytes)
+        self._pieces = Pieces(self._spans)
         self._incoming = Incoming(self._pieces.count)
-        self._files: dict[tuple[int, int], int] = {}
+        self._mapped = MappedImages(image, writable=True)
+
+    def prepare(self) -> None:
+        """Takes time; for a thread. What is written first is then written as fast as what comes later."""
+        self._mapped.populate(self._spans)
 
     def offer(self, word: Offer) -> bool:
         """Whether the step is held already, or wanted no more; else all its pieces are to come. Raises SenselessError,
@@ -94,9 +98,7 @@ class RemoteRank:
             self.run.receive(self.rank, Failed(seq=0, slot=offer.slot, step=offer.step, reason=reason))
 
     def close(self) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        self._mapped.close()
 
     def _check_record(self, word: Offer) -> None:
         try:
@@ -124,18 +126,5 @@ class RemoteRank:
         position = 0
         for span in self._pieces.cut(number):
             length = span.stop - span.start
-            fd = self._file(slot, span.file)
-            done = 0
-            while done < length:
-                part = payload[position + done : position + length]
-                done += os.pwrite(fd, part, span.start + done)
+            self._mapped.view(slot, span.file)[span.start : span.stop] = payload[position : position + length]
             position += length
-
-    def _file(self, slot: int, number: int) -> int:
-        """Writing to a descriptor takes no page fault, and lets other threads run."""
-        fd = self._files.get((slot, number))
-        if fd is None:
-            image = self.run.image
-            path = image.slots[slot].image / image.record.files[number]
-            fd = self._files[slot, number] = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        return fd
