@@ -48,8 +48,14 @@ def stage_until(job: Job, lead: Host, state: str) -> None:
 STATES = ["before any piece", "mid-transfer", "after all pieces", "after commit"]
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("victim", ["lead", "relay"])
+EVERY_DAY = [("lead", "mid-transfer"), ("relay", "mid-transfer"), ("lead", "after all pieces"),
+             ("relay", "before any piece"), ("lead", "after commit")]  # fmt: skip
+OTHERS = [(victim, state) for victim in ("lead", "relay") for state in STATES if (victim, state) not in EVERY_DAY]
+
+
+@pytest.mark.parametrize(
+    ("victim", "state"), [*EVERY_DAY, *(pytest.param(*each, marks=pytest.mark.full) for each in OTHERS)]
+)
 def test_a_saver_that_is_killed_loses_nothing_staged(folder: Path, victim: str, state: str) -> None:
     with hosts(folder, folder / "root") as made:
         lead, relay = made

@@ -47,31 +47,26 @@ from async_ckpt.core.slots import Phase, SlotPaths, StateFile
 from async_ckpt_saver.hosts.spans import spans_of
 from tests.saver.saver_process import Peer, SaverProcess, until
 
-_OWN_SHM = [
-    "unshare",
-    "--mount",
-    "--propagation",
-    "private",
-    "sh",
-    "-c",
-    'mount -t tmpfs shm /dev/shm && exec "$@"',
-    "sh",
-]
 COLUMNS = 640
 ROWS = 1536  # of each tensor; a step has 2 * ROWS * COLUMNS * 4 bytes: some pieces for each rank
+
+
+def _own_shm(size: str = "50%") -> list[str]:
+    shell = ["sh", "-c", f'mount -t tmpfs -o size={size} shm /dev/shm && exec "$@"', "sh"]
+    return ["unshare", "--mount", "--propagation", "private", *shell]
 
 
 def possible() -> bool:
     if shutil.which("unshare") is None:
         return False
-    return subprocess.run([*_OWN_SHM, "true"], capture_output=True).returncode == 0
+    return subprocess.run([*_own_shm(), "true"], capture_output=True).returncode == 0
 
 
 class Host:
     """One saver."""
 
-    def __init__(self, name: str, folder: Path, root: Path, *, lease_s: float) -> None:
-        self.name, self._folder, self._root = name, folder, root
+    def __init__(self, name: str, folder: Path, root: Path, *, lease_s: float, size: str) -> None:
+        self.name, self._folder, self._root, self._size = name, folder, root, size
         self._options = ["--log-level", "debug", "--grace-s", "0", "--lease-s", f"{lease_s:g}"]
         self.endpoint = f"ipc://{folder}/{name}/saver.sock"
         (folder / name).mkdir(mode=0o700)
@@ -80,7 +75,7 @@ class Host:
     def start(self) -> None:
         """The namespace, and all that is in its shared memory, stays as long as the keeper lives."""
         if not hasattr(self, "_keeper"):
-            self._keeper = subprocess.Popen([*_OWN_SHM, "sleep", "infinity"])
+            self._keeper = subprocess.Popen([*_own_shm(self._size), "sleep", "infinity"])
             until(lambda: self._device(self._keeper.pid) != os.stat("/dev/shm").st_dev, "a /dev/shm of its own")
         wrapper = ["nsenter", "--mount", f"--target={self._keeper.pid}"]
         log = self._folder / f"{self.name}.log"
@@ -250,7 +245,7 @@ class Rank:
         opened = self.peer.hear(LeadOpen)
         return Lead(endpoint=opened.endpoint, server_key=opened.server_key, public_key=public, secret_key=secret)
 
-    def register(self, lead: Lead | None = None, *, job: str = "job") -> None:
+    def register(self, lead: Lead | None = None, *, job: str = "job", layout_hash: str = "h") -> None:
         rows = ROWS // self.world
         size = rows if self.rank < self.world - 1 else ROWS - rows * (self.world - 1)
         regions = [Claim(0, n, Region(False, (self.rank * rows, 0), (size, COLUMNS))) for n in (0, 1)]
@@ -264,7 +259,7 @@ class Rank:
                 process=process_of(self._child.pid),
                 launcher=None,
                 shm=self.host.shm,
-                layout_hash="h",
+                layout_hash=layout_hash,
                 layout=LAYOUT if self.rank == 0 else None,
                 claims=self._claims,
                 versions={},
@@ -364,12 +359,14 @@ class Job:
 
 
 @contextlib.contextmanager
-def hosts(folder: Path, root: Path, names: str = "ab", *, lease_s: float = 30.0) -> Iterator[list[Host]]:
-    """The first one is to be the lead."""
+def hosts(
+    folder: Path, root: Path, names: str = "ab", *, lease_s: float = 30.0, small: int | None = None
+) -> Iterator[list[Host]]:
+    """The first one is to be the lead. `small`: the number of one whose /dev/shm holds no image."""
     made: list[Host] = []
     try:
-        for name in names:
-            made.append(Host(name, folder, root, lease_s=lease_s))
+        for number, name in enumerate(names):
+            made.append(Host(name, folder, root, lease_s=lease_s, size="2m" if number == small else "50%"))
         yield made
     finally:
         for host in made:
