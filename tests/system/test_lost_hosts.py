@@ -173,7 +173,7 @@ _SLOW: dict[str, Callable[[Path], None]] = {
     "the_lead_is_killed_ten_times": lambda folder: a_saver_is_killed(folder, 0, 10),
     "the_relay_is_killed_ten_times": lambda folder: a_saver_is_killed(folder, 1, 10),
     "both_savers_are_killed_five_times": lambda folder: both_savers_are_killed(folder, 5),
-    "a_host_is_lost_with_its_connections_closed": lambda folder: a_host_is_lost(folder, silently=False),
+    "a_host_falls": lambda folder: a_host_is_lost(folder, silently=False),
     "a_cut_for_good": a_cut_for_good,
 }
 SCENARIOS: dict[str, Scenario] = {**_FAST, **_SLOW}

@@ -41,6 +41,7 @@ from .spans import unpack
 log = logging.getLogger(__name__)
 
 _REMEMBER_S = 20.0  # how long an answer to a rank that withdrew is waited for
+_GIVEN_UP = 1.5  # leases of silence, after which the lead has surely given this host's ranks up
 
 
 class _Attaching(msgspec.Struct):
@@ -155,6 +156,11 @@ class RelayDesk:
                 log.error("the lead at %s has been silent for %.0f s: what the ranks of %s have staged here is lost",
                           self._lead.endpoint, silent_s, self.directory)  # fmt: skip
                 run.end()
+            elif run.started and silent_s > _GIVEN_UP * self._services.lease_s:
+                run.give_up(
+                    f"the lead at {self._lead.endpoint}, the saver of rank 0's host, has not been heard of for "
+                    f"{silent_s:.0f} s, and goes on without this host: attach again when it can be reached"
+                )
 
     # --- from the link ---------------------------------------------------------------------------------------------
 

@@ -126,10 +126,9 @@ class RelayRun:
             self._send(rank, Ack(seq=message.seq))  # its cell says it as well
             self._catch_up(rank, message.step)
             self._transfer(rank, message)
+        elif isinstance(message, Skipped | Failed | Bye) and rank in self._over:
+            self._send(rank, Ack(seq=message.seq))
         elif isinstance(message, Skipped | Failed | Bye):
-            if rank in self._over:
-                self._send(rank, Ack(seq=message.seq))
-                return
             if isinstance(message, Bye):
                 self._leaving.add(rank)
             else:
@@ -207,7 +206,7 @@ class RelayRun:
         elif isinstance(message, Pong):
             if message.known:
                 return
-            self._lost(rank)
+            self._lost(rank, Pong(incarnation=self._services.incarnation, known=False))
         elif isinstance(message, Refused) and not self.started:
             self._on_fail(message.reason)
             return
@@ -264,17 +263,24 @@ class RelayRun:
         steps = [each.step for each in self._settled.values() if each.slot == slot]
         self.image.settle(slot, max((step for step in steps if not held or step < min(held)), default=-1))
 
-    def _lost(self, rank: int) -> None:
+    def _lost(self, rank: int, answer: FromSaver) -> None:
         """The lead does not know it, or no longer: it has heard of its end, or has given it up."""
         self._out[rank].unknown()
         self._over.add(rank)
         if rank not in self._leaving:
-            self._send(rank, Pong(incarnation=self._services.incarnation, known=False))
+            self._send(rank, answer)
+
+    def give_up(self, reason: str) -> None:
+        """The lead goes on without the ranks of this host: what they wait for will not come."""
+        if self._over != {*self._peers}:
+            log.error("%s: %s", self.image.directory, reason)
+        for rank in {*self._peers} - self._over:
+            self._lost(rank, Refused(reason=reason))
+        self._maybe_end()
 
     def _maybe_end(self) -> None:
         """Once every rank is gone and the lead has all of them."""
-        over = all(rank in self._over and rank in self._leaving for rank in self._peers)
-        if over and all(out.empty for out in self._out.values()):
+        if self._over & self._leaving >= {*self._peers} and all(out.empty for out in self._out.values()):
             self.end()
 
     def end(self) -> None:
