@@ -133,18 +133,14 @@ class Checkpointer:
         one that PEFT or transformers wrote, whose step is that of its name, "checkpoint-<step>", or else -1: training
         begins at 0. Bytes come from RAM where the saver still holds them, else from disk. `training_state` False: the
         weights alone; optimizer, scheduler and random numbers stay as they are.
-        Raises CheckpointError listing the differences if it does not fit the model, which is left as it was; on every
-        rank, if one on another host does not see it.
+        Raises CheckpointError, listing the differences, if it does not fit the model, which is left as it was, or if a
+        rank of another host does not see it.
         """
         if self._closed:
             raise CheckpointError("restore() after close(): attach again")
         self._restored_or_warned = True
-        slots = self._staging.slots
-        found = (
-            self._newest()
-            if checkpoint == "latest"
-            else restoring.find(checkpoint, self._settings.directory, self._settings.second, slots)
-        )
+        slots, places = self._staging.slots, (self._settings.directory, self._settings.second)
+        found = self._newest() if checkpoint == "latest" else restoring.find(checkpoint, *places, slots)
         if found is None:
             return None
         if self._hosts is not None:
