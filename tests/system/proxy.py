@@ -1,7 +1,8 @@
 """A slow wire: `proxy.py HOST PORT TO_HOST TO_PORT DELAY_S FOLDER`. Run as a script, it imports the standard library.
 
 Every chunk arrives DELAY_S later than it would. FOLDER/order holds a number: of what clients have sent, no more bytes
-than that pass, and FOLDER/held is there once more would. FOLDER/passed says how many have.
+than that pass, and FOLDER/held is there once more would; what is held is lost with its sender. FOLDER/passed says how
+many have passed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Proxy:
             end.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counted: bool) -> None:
-        waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(64)
+        waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         async def read() -> None:
@@ -55,7 +56,7 @@ class Proxy:
                 if not data:
                     return
                 while data:
-                    room = await self._room() if counted else len(data)
+                    room = await self._room(reading) if counted else len(data)
                     writer.write(data[:room])
                     await writer.drain()
                     if counted:
@@ -69,13 +70,15 @@ class Proxy:
             with contextlib.suppress(asyncio.CancelledError, OSError):
                 await reading
 
-    async def _room(self) -> int:
-        """How many bytes may pass now; at least one."""
+    async def _room(self, reading: asyncio.Task[None]) -> int:
+        """How many bytes may pass now; at least one. What is held when its sender is gone never passes."""
         while True:
             order = (self._folder / "order").read_text()
             room = int(order) - self._passed if order else _CHUNK_BYTES
             if room > 0:
                 return room
+            if reading.done():
+                raise ConnectionResetError
             (self._folder / "held").touch()
             await asyncio.sleep(_LOOK_S)
 

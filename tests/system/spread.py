@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.system.training import (
     attach,
     check_checkpoint,
     collectives,
+    everywhere,
     full_values,
     keep,
     kept,
@@ -25,6 +27,7 @@ from tests.system.training import (
     reached,
     reference,
     refusal,
+    sleep_until_killed,
     step,
     wrapped,
 )
@@ -120,6 +123,22 @@ def goes_on(folder: str, kind: str, number: str) -> None:
     if rank() == 0:
         keep(training.folder / "expected" / str(int(number) + 1), kept(training.folder / "expected" / number))
     training.ckpt.save(int(number) + 1).wait()
+    training.ckpt.close()
+
+
+def dies_and_goes_on(folder: str, kind: str) -> None:
+    """At first: save 1, and rank 1 is killed. Started again: restore it, and save 2."""
+    training = Training(folder, kind)
+    resumed = training.ckpt.restore()
+    if resumed is None:
+        training.save(1).wait()
+        everywhere(None)
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sleep_until_killed()
+    assert resumed is not None
+    training.check_restored(1)
+    note(folder, [str(resumed.step), outcome(training.save(2))])
     training.ckpt.close()
 
 

@@ -1,4 +1,4 @@
-"""A rank that torchrun starts: `spread_job.py FOLDER KIND`."""
+"""A rank that torchrun starts: `spread_job.py FOLDER FUNCTION ARGUMENTS`, of `spread.py`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.system.spread import saves, tell
+from tests.system import spread
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    tell(Path(sys.argv[1]), 2)
-    saves(sys.argv[1], sys.argv[2], "2")
+    spread.tell(Path(sys.argv[1]), 2)
+    getattr(spread, sys.argv[2])(sys.argv[1], *sys.argv[3:])
     dist.barrier()
     os._exit(0)  # tearing gloo down may abort

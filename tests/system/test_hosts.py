@@ -20,23 +20,36 @@ from tests.system.wire import Proxy
 pytestmark = pytest.mark.skipif(bool(hosts.impossible()), reason=hosts.impossible() or "")
 
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--rdzv-backend=c10d",
-             "--rdzv-endpoint=host-1:29500", "--rdzv-id=job", "--max-restarts=0"]  # fmt: skip
+             "--rdzv-endpoint=host-1:29500", "--rdzv-id=job"]  # fmt: skip
 
 
-def by_torchrun(folder: Path) -> None:
+def _run_torchrun(folder: Path, *job: str, restarts: int = 0) -> None:
     """Real torchrun on two hosts, as a user starts it; the lead is found by torch's store, with keys of this attach."""
     with Cluster(folder, 2) as cluster:
-        script = [str(Path(__file__).with_name("spread_job.py")), str(folder), "fsdp2"]
+        script = [str(Path(__file__).with_name("spread_job.py")), str(folder), *job]
+        command = [*_TORCHRUN, f"--nnodes={len(cluster.hosts)}", f"--max-restarts={restarts}", *script]
+        variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if restarts else {}
         logs = [(folder / f"torchrun-{host.number}").open("wb") for host in cluster.hosts]
         agents = [
-            host.popen([*_TORCHRUN, f"--nnodes={len(cluster.hosts)}", *script], stdout=log, stderr=log)
+            host.popen(command, variables, stdout=log, stderr=log)
             for host, log in zip(cluster.hosts, logs, strict=True)
         ]
         statuses = [agent.wait(120) for agent in agents]
         for log in logs:
             log.close()
         assert statuses == [0, 0], "\n".join(Path(log.name).read_text()[-4000:] for log in logs) + cluster.logs()
+
+
+def by_torchrun(folder: Path) -> None:
+    _run_torchrun(folder, "saves", "fsdp2", "2")
     assert noted(folder, 2) == [["committed", "committed"]] * 2
+    check(folder, 1, 2)
+
+
+def restarted_by_torchrun(folder: Path) -> None:
+    """Its agents count restarts each for itself: the one whose rank did not die counts none."""
+    _run_torchrun(folder, "dies_and_goes_on", "fsdp2", restarts=1)
+    assert noted(folder, 2) == [["1", "committed"]] * 2
     check(folder, 1, 2)
 
 
@@ -180,6 +193,7 @@ def where_the_directory_is_not_shared(folder: Path) -> None:
 
 _ALL: tuple[Callable[[Path], None], ...] = (
     by_torchrun,
+    restarted_by_torchrun,
     three_hosts_with_one_tmpdir,
     from_two_hosts_to_one_to_three,
     a_cut_that_heals,
@@ -190,6 +204,7 @@ _ALL: tuple[Callable[[Path], None], ...] = (
     a_notice_to_end_on_another_host,
     where_the_directory_is_not_shared,
 )
+_SLOW = ("restarted_by_torchrun",)
 SCENARIOS: dict[str, Scenario] = {
     **{scenario.__name__: scenario for scenario in _ALL},
     **{f"rank_{who}_cannot_take_part": lambda folder, who=who: one_that_cannot_take_part(folder, who) for who in "02"},
@@ -201,7 +216,9 @@ def results() -> dict[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario", [pytest.param(name, marks=[pytest.mark.full] if name in _SLOW else []) for name in SCENARIOS]
+)
 def test_hosts(results: dict[str, str], selected: set[str], folder: Path, scenario: str) -> None:
     if not results:
         chosen = {name: SCENARIOS[name] for name in SCENARIOS if name in selected}
