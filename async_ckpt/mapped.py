@@ -8,7 +8,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,6 +51,19 @@ def image_view(image: torch.Tensor, extent: Extent, dtype: torch.dtype, region: 
     return whole
 
 
+class Mapping(NamedTuple):
+    """A mapped file, its `bytes`, and where views of it lie (address, bytes) whose pages are at hand."""
+
+    mapped: mmap.mmap
+    bytes: torch.Tensor
+    at_hand: set[tuple[int, int]]
+
+    def fetch(self, views: Sequence[torch.Tensor]) -> None:
+        """Map the pages of `views` that are not at hand."""
+        missing = [view for view in views if _place(view) not in self.at_hand]
+        populate(self.mapped, self.bytes.data_ptr(), missing, POPULATE_READ)
+
+
 class Slot:
     """One slot, mapped into this process. `targets` lie in the order of the parts."""
 
@@ -71,6 +84,12 @@ class Slot:
         for path, mapped in self._maps.items():
             own = [target for part, target in zip(parts, self.targets, strict=True) if part.path == path]
             populate(mapped, self._images[path].data_ptr(), own, POPULATE_WRITE)
+
+    def mapping(self, path: str) -> Mapping | None:
+        """The image's file `path` if it is mapped here."""
+        if path not in self._images:
+            return None
+        return Mapping(self._maps[path], self._images[path], {_place(target) for target in self.targets})
 
     def pin(self) -> None:
         """Page-lock the image, so that the GPU copies into it without a bounce buffer and without stopping."""
@@ -108,6 +127,10 @@ def populate(mapped: mmap.mmap, base: int, views: Sequence[torch.Tensor], advice
                 return
             start = begin
         stop = max(stop, end)
+
+
+def _place(view: torch.Tensor) -> tuple[int, int]:
+    return view.data_ptr(), view.nbytes
 
 
 def _span(view: torch.Tensor, base: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_DOCUMENT_BYTES
 from async_ckpt.core.location import Location, Url
 
+from .mapped import Slot
 from .optimizer_state import StateShard
 from .plan import Plan, make_target
 from .restore import OpenFile, Target, mismatch
@@ -23,16 +24,17 @@ log = logging.getLogger(__name__)
 
 class OpenCheckpoint:
     """`documents` is where the JSON lies, `tensors` where the safetensors files do: the same directory, or an image in
-    RAM for the tensors. Raises CheckpointError, before anything is changed, if it does not fit the plan."""
+    RAM for the tensors, of `slot` if that is one of this run. Raises CheckpointError, before anything is changed, if it
+    does not fit the plan."""
 
-    def __init__(self, plan: Plan, documents: Location, tensors: Location) -> None:
-        self._weights = _assign(plan, tensors)
+    def __init__(self, plan: Plan, documents: Location, tensors: Location, slot: Slot | None = None) -> None:
+        self._weights = _assign(plan, tensors, slot)
         differences = _other_bases(plan, documents)
         differences += [line for file, targets in self._weights for line in file.differences(targets)]
         self._state: _OpenState | None = None
         if plan.state is not None:
             if (documents / DOCUMENT).exists():
-                self._state = _OpenState(plan.state, documents, tensors)
+                self._state = _OpenState(plan.state, documents, _open(tensors / TENSORS_FILE, slot))
                 differences += self._state.differences
             else:
                 log.warning("%s holds no training state: only the weights are restored", documents)
@@ -61,7 +63,12 @@ def _last_part(name: str) -> str:
     return Path(str(name).rstrip("/")).name
 
 
-def _assign(plan: Plan, tensors: Location) -> list[tuple[OpenFile, list[Target]]]:
+def _open(path: Location, slot: Slot | None) -> OpenFile:
+    inner = "" if slot is None or isinstance(path, Url) else str(path.relative_to(slot.paths.image))
+    return OpenFile(path, slot.mapping(inner) if slot is not None else None)
+
+
+def _assign(plan: Plan, tensors: Location, slot: Slot | None) -> list[tuple[OpenFile, list[Target]]]:
     """Every file with weights, and the targets that it serves; what no file of a folder holds falls to its first one.
 
     The checkpoint may be split into other files than the plan: another max_shard_size was given when it was saved.
@@ -73,7 +80,7 @@ def _assign(plan: Plan, tensors: Location) -> list[tuple[OpenFile, list[Target]]
     assigned = []
     for folder, wanted in folders.items():
         paths: list[Location] = [*folder.glob("*.safetensors")]
-        files = [OpenFile(path) for path in sorted(paths, key=str)]
+        files = [_open(path, slot) for path in sorted(paths, key=str)]
         if not files:
             raise CheckpointError(f"there is no .safetensors file in {folder}")
         served: list[tuple[OpenFile, list[Target]]] = [(file, []) for file in files]
@@ -85,9 +92,9 @@ def _assign(plan: Plan, tensors: Location) -> list[tuple[OpenFile, list[Target]]
 
 
 class _OpenState:
-    def __init__(self, state: TrainingState, documents: Location, tensors: Location) -> None:
+    def __init__(self, state: TrainingState, documents: Location, file: OpenFile) -> None:
         self._state = state
-        self._file = OpenFile(tensors / TENSORS_FILE)
+        self._file = file
         self._shared = _read_document(documents / DOCUMENT)
         own = documents / local_document(state.rank)
         self._same_world = self._shared.get("world") == state.world

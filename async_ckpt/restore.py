@@ -15,7 +15,7 @@ from async_ckpt.core.location import Location, Url
 from async_ckpt.core.region import Region
 
 from .fetched import Fetched, batches, runs_of
-from .mapped import POPULATE_READ, image_view, populate
+from .mapped import Mapping, image_view
 from .sharding import Shard
 
 _SHOWN = 8  # differences listed before "and N more"
@@ -43,15 +43,18 @@ class Target:
 
 class OpenFile:
     """A safetensors file, mapped: only the pages that are read are fetched. One in an object store is fetched piece by
-    piece into a mapping that is as large as it and holds what is wanted just now.
+    piece into a mapping that is as large as it and holds what is wanted just now. `mapping`: of a file that is mapped
+    already; to map and unmap it again would take longer than the copy.
 
     Raises CheckpointError if it is missing or its length is not what its header says.
     """
 
-    def __init__(self, path: Location) -> None:
+    def __init__(self, path: Location, mapping: Mapping | None = None) -> None:
         self.fetched: Fetched | None = None
         try:
-            if isinstance(path, Url):
+            if mapping is not None:
+                mapped = mapping.mapped
+            elif isinstance(path, Url):
                 self.fetched = Fetched(path)
                 mapped = self.fetched.mapped
             else:
@@ -62,8 +65,8 @@ class OpenFile:
         self.path = path
         layout = _parse(path, mapped)
         self.extents = {extent.spec.name: extent for extent in layout.extents}
-        self._mapped = mapped
-        self._image = torch.frombuffer(mapped, dtype=torch.uint8)
+        self._mapping = mapping or Mapping(mapped, torch.frombuffer(mapped, dtype=torch.uint8), set())
+        self._image = self._mapping.bytes
 
     def differences(self, targets: Sequence[Target], *, ignore: str | None = None) -> list[str]:
         """How names, shapes and dtypes differ from `targets`; names that begin with `ignore` do not count."""
@@ -91,7 +94,7 @@ class OpenFile:
         if not destinations:
             return
         if self.fetched is None:
-            populate(self._mapped, self._image.data_ptr(), sources, POPULATE_READ)
+            self._mapping.fetch(sources)
             with torch.no_grad():
                 torch._foreach_copy_(destinations, sources)
             return

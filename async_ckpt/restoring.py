@@ -77,10 +77,10 @@ def _read(plan: Plan, found: Found, slots: Sequence[Slot]) -> tuple[Manifest, Li
     image = found.image
     if image is not None and image.exists():
         try:
-            OpenCheckpoint(plan, found.path, image).read()
-            ours = {slot.paths.image for slot in slots}
+            ours = next((slot for slot in slots if slot.paths.image == image), None)
+            OpenCheckpoint(plan, found.path, image, ours).read()
             # A slot of this run may have been taken by another rank's next save while we read.
-            if image not in ours or image_of(description.step, slots) == image:
+            if ours is None or image_of(description.step, slots) == image:
                 return description, "ram"
         except CheckpointError as error:
             log.warning("the image in RAM cannot be used (%s); reading %s", error, found.path)

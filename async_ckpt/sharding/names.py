@@ -42,14 +42,16 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def every_module(model: nn.Module) -> Iterator[nn.Module]:
     """Every module below `model` once, wrappers included, parents first. `modules()` does the same, but passes each of
     them through a generator a level, which takes most of the time for a deep model."""
-    seen = set()
-    stack = [model]
+    seen: set[nn.Module | None] = {None}
+    stack: list[nn.Module | None] = [model]
     while stack:
         module = stack.pop()
-        if module not in seen:
-            seen.add(module)
-            yield module
-            stack.extend(child for child in reversed(module._modules.values()) if child is not None)
+        if module in seen or module is None:
+            continue
+        seen.add(module)
+        yield module
+        if module._modules:  # most have none
+            stack += reversed(module._modules.values())
 
 
 def join(path: str, attribute: str) -> str:
