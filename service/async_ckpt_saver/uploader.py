@@ -88,8 +88,10 @@ class Uploader:
         self._wake()
 
     def ended(self, step: int) -> Uploaded | None:
-        """What became of the upload of `step`; None while that is open."""
+        """What became of the upload of `step`, which was committed; None while that is open."""
         ended = self._queue.ended(step)
+        if ended is None and self._compared and step not in self._queue.held:
+            ended = Ended(step, "dropped", "it is in neither tier any more")
         return None if ended is None else self._message(ended)
 
     async def retain(self, remove: Callable[[Collection[int]], None]) -> None:
@@ -172,8 +174,7 @@ class Uploader:
             log.error("%s and %s cannot be compared: %s", self._directory, self.url, error)
             return
         self._compared = True
-        self._queue.know(there)
-        self._queue.take_up(missing)
+        self._queue.compared(there, missing)
         for step in missing:
             self._chronicle.committed(step)
         if missing:

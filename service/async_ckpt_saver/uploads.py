@@ -1,8 +1,8 @@
 """Which committed checkpoints are copied to the second tier, and in which order. Pure: no I/O, no clock.
 
-    add, take_up -> QUEUED --begin--> UPLOADING --done--> uploaded
-                      |                   +-------gone--> dropped
-                      +--trim--> dropped  +-----failed--> failed --add--> QUEUED
+    add, compared -> QUEUED --begin--> UPLOADING --done--> uploaded
+                       |                   +-------gone--> dropped
+                       +--trim--> dropped  +-----failed--> failed --add--> QUEUED
 
 Guarantees, for any order of calls: one upload at a time, the newest step first; the newest step that was added is never
 dropped; after `trim` at most one step waits that is not wanted for itself, so a slow store never makes a growing
@@ -12,7 +12,7 @@ backlog; a step that is queued or being uploaded is `held`, so that nothing remo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -59,17 +59,12 @@ class Uploads:
             return Ended(step, "uploaded")
         return self._missed.get(step)
 
-    def know(self, there: Iterable[int]) -> None:
-        """Steps that the second tier has."""
-        for step in there:
-            if step != self.uploading:
-                self._queued.discard(step)
-                self._arrive(step)
-
-    def take_up(self, missing: Iterable[int]) -> None:
-        """Queue what the first tier has and the second one lacks. A step that has just failed stays failed: the next
-        `add` tries it again."""
-        self._queued |= {step for step in missing if self.ended(step) is None and step != self.uploading}
+    def compared(self, there: Collection[int], missing: Collection[int]) -> None:
+        """What both tiers hold was looked at: `there` is in the second one, `missing` only in the first, and queued."""
+        self._there = set(there)
+        for step in missing:
+            self._missed.pop(step, None)
+        self._queued = (self._queued | {*missing}) - self._there - {self.uploading}
 
     def add(self, step: int) -> None:
         """`step` was committed to the first tier. What failed before it is queued again: the store may be back."""

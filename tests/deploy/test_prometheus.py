@@ -16,7 +16,7 @@ _FOLDER = DEPLOY / "prometheus"
 def alerts() -> list[dict[str, Any]]:
     document = yaml.safe_load((_FOLDER / "rules.yaml").read_text())
     found = [rule for group in document["groups"] for rule in group["rules"]]
-    assert len(found) == 12
+    assert len(found) == 13
     return found
 
 

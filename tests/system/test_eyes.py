@@ -26,13 +26,15 @@ def saves(folder: str, endpoint: str) -> None:
     """Two steps are committed, one fails since its directory's place is taken; the ranks wait for the test's word."""
     model = wrapped("fsdp2")
     optimizer = adamw(model)
-    ckpt = attach(model, optimizer, directory=Path(folder, "run"), saver=endpoint, timeout_s=60)
+    ckpt = attach(model, optimizer, tiers=[Path(folder, "run"), Path(folder, "second")], saver=endpoint, timeout_s=60)
     for number in (1, 2, 3):
         if number == 3 and os.environ["RANK"] == "0":
             Path(folder, "run", "checkpoint-3").mkdir()
         handle = ckpt.save(number, metrics={"loss": 1 / number})
         step(model, optimizer)
         until(lambda handle=handle: handle.state in ("committed", "failed"), "the outcome")
+        if number < 3:
+            handle.uploaded()
     reached(folder, "saved")
     until(Path(folder, "go").exists, "the test's word")
     ckpt.close()
@@ -84,6 +86,10 @@ def test_status_tells_of_ranks_and_saves(shown: Shown) -> None:
         assert [rank["rank"] for rank in save["staged"]] == [0, 1]
         assert all(rank["stall_s"] > 0 for rank in save["staged"])
     assert run["last_commit_step"] == 2
+    [tier] = shown.status()["uploads"]
+    assert tier["directory"] == run["directory"]
+    assert [(upload["step"], upload["outcome"]) for upload in tier["uploads"]] == [(1, "uploaded"), (2, "uploaded")]
+    assert all(upload["upload_s"] > 0 for upload in tier["uploads"])
     assert run["image_bytes"] > 2 * run["saves"][0]["bytes"] > 0
 
 
@@ -97,6 +103,9 @@ def test_metrics_count_what_happened(shown: Shown) -> None:
     assert [shown.metric(f"async_ckpt_{name}_seconds_count") for name in ("stall", "copy")] == [3, 3]
     assert [shown.metric(f"async_ckpt_{name}_seconds_count") for name in ("write", "commit")] == [2, 2]
     assert shown.metric("async_ckpt_stall_seconds_sum") > 0
+    assert shown.metric("async_ckpt_upload_seconds_count") == 2
+    assert shown.metric("async_ckpt_uploaded_bytes_total") == run["committed_bytes"]
+    assert shown.metric(f'async_ckpt_last_upload_step{{directory="{run["directory"]}"}}') == 2
     assert shown.metric(f'async_ckpt_last_commit_step{{directory="{run["directory"]}"}}') == 2
 
 
@@ -161,6 +170,8 @@ def test_the_page_shows_runs_in_a_browser(shown: Shown, tmp_path: Path, name: st
         assert page.locator(".ranks li:not(.gone)").count() == 2
         assert page.locator("tbody tr").count() == 3
         assert page.locator("tbody tr td.bar .write").count() == 2
+        assert page.locator("tbody tr td.bar .upload").count() == 2
+        assert "step 2" in page.locator("ul.facts li", has_text="uploaded").inner_text()
         assert "checkpoint-3 exists already" in page.locator("tbody td.bad").inner_text()
         drawn = page.evaluate("[...document.querySelectorAll('.timeline i')].map((part) => part.offsetWidth)")
         assert sum(drawn) > 0

@@ -16,6 +16,7 @@ from .output import age, has_rich, size, table
 
 if TYPE_CHECKING:
     from ..status import RankStatus, RunStatus, SaverStatus, SaveStatus
+    from ..upload_status import UploadStatus
 
 HELP = "ask a living saver for its runs and their last saves"
 EXAMPLE = "async-ckpt-saver status --bind ipc:///run/async-ckpt/saver.sock --watch"
@@ -68,7 +69,8 @@ def render(status: SaverStatus) -> str:
         head += (f"\n  host {host.name} relays {_ranks(host.ranks)}: {size(host.relayed_bytes)} handed over, heard "
                  f"{age(host.silent_s)} ago")  # fmt: skip
     runs = [_run(run, status.now_unix_s) for run in [*status.runs, *status.ended]]
-    return "\n\n".join([head, *(runs or ["no runs"])])
+    uploads = [_uploads(each, status.now_unix_s) for each in status.uploads]
+    return "\n\n".join([head, *(runs or ["no runs"]), *uploads])
 
 
 def _ranks(count: int) -> str:
@@ -146,6 +148,35 @@ def _run(run: RunStatus, now_unix_s: float) -> str:
     if rows:
         shown = table((">step", ">age", ">stage", ">copy", ">write", ">commit", ">size", "outcome"), rows)
         lines += [f"  {line}" for line in shown.splitlines()]
+    return "\n".join(lines)
+
+
+def _uploads(uploads: UploadStatus, now_unix_s: float) -> str:
+    last = "none yet" if uploads.last_upload_age_s is None else f"{age(uploads.last_upload_age_s)} ago"
+    failed = ", ".join(f"{count} {cause}" for cause, count in uploads.failures.items())
+    lines = [
+        f"{uploads.directory} -> {uploads.url}",
+        f"  {uploads.uploaded} uploaded, {size(uploads.uploaded_bytes)}, last {last}"
+        + (f"; {uploads.dropped} dropped for newer ones" if uploads.dropped else "")
+        + (f"; failed: {failed}" if failed else "")
+        + (f"; under way: step {uploads.uploading}" if uploads.uploading is not None else "")
+        + (f"; waiting: steps {uploads.queued}" if uploads.queued else "")
+        + (f"; behind for {age(uploads.behind_s)}" if uploads.behind_s else ""),
+    ]
+    if uploads.last_error:
+        lines.append(f"  last error: {uploads.last_error}")
+    rows = [
+        (
+            str(each.step),
+            age(now_unix_s - each.started_unix_s),
+            f"{each.upload_s:.1f} s" if each.outcome == "uploaded" else "",
+            size(each.bytes) if each.outcome == "uploaded" else "",
+            each.outcome if not each.cause else f"{each.outcome} ({each.cause})",
+        )
+        for each in reversed(uploads.uploads[-_SAVES_SHOWN:])
+    ]
+    if rows:
+        lines += [f"  {line}" for line in table((">step", ">age", ">upload", ">size", "outcome"), rows).splitlines()]
     return "\n".join(lines)
 
 

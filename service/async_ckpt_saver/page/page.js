@@ -37,9 +37,18 @@ function total(save) {
   return Object.values(phases(save)).reduce((sum, lasted_s) => sum + lasted_s, 0);
 }
 
-function bar(save, longest_s) {
+// The second tier of a run's directory, or undefined; its uploads by step.
+function second(run, status) {
+  return status.uploads.find((each) => each.directory === run.directory);
+}
+
+function uploadOf(save, tier) {
+  return tier && tier.uploads.find((each) => each.step === save.step && each.outcome !== "dropped");
+}
+
+function bar(save, upload, longest_s) {
   const made = element("div", "timeline");
-  for (const [phase, lasted_s] of Object.entries(phases(save))) {
+  for (const [phase, lasted_s] of Object.entries({ ...phases(save), upload: upload ? upload.upload_s : 0 })) {
     if (!lasted_s) continue;
     const part = element("i", phase);
     part.style.width = `${(100 * lasted_s) / longest_s}%`;
@@ -49,28 +58,40 @@ function bar(save, longest_s) {
   return made;
 }
 
-function row(save, longest_s) {
+function uploadText(save, tier) {
+  if (tier.uploading === save.step) return "now";
+  if (tier.queued.includes(save.step)) return "waits";
+  const upload = tier.uploads.find((each) => each.step === save.step);
+  if (!upload) return "–";
+  return upload.outcome === "uploaded" ? seconds(upload.upload_s) : upload.outcome;
+}
+
+function row(save, tier, longest_s) {
   const lasted_s = phases(save);
   const wide = PHASES.map((phase) => element("td", "wide", seconds(lasted_s[phase])));
+  if (tier) wide.push(element("td", "wide", save.outcome === "committed" ? uploadText(save, tier) : "–"));
   if (save.outcome !== "committed" && save.outcome !== "open") {
     const why = element("td", "bad", `${save.outcome}: ${save.reason}`);
-    why.colSpan = 7;
+    why.colSpan = tier ? 8 : 7;
     return element("tr", "", element("td", "", String(save.step)), why);
   }
-  return element("tr", "", element("td", "", String(save.step)), element("td", "bar", bar(save, longest_s)), ...wide,
+  return element("tr", "", element("td", "", String(save.step)), element("td", "bar", bar(save, uploadOf(save, tier), longest_s)), ...wide,
     element("td", "", size(save.bytes)), element("td", "", save.outcome === "open" ? "…" : seconds(total(save))));
 }
 
-function saves(run) {
+function saves(run, tier) {
   if (!run.saves.length) return element("p", "", "no save yet");
-  const longest_s = Math.max(...run.saves.map(total), 1e-9);
-  const names = [["step", ""], ["", ""], ["stall", "wide"], ["copy", "wide"], ["write", "wide"], ["commit", "wide"], ["size", ""], ["sum", ""]];
+  const uploading_s = (save) => (uploadOf(save, tier) ? uploadOf(save, tier).upload_s : 0);
+  const longest_s = Math.max(...run.saves.map((save) => total(save) + uploading_s(save)), 1e-9);
+  const names = [["step", ""], ["", ""], ["stall", "wide"], ["copy", "wide"], ["write", "wide"], ["commit", "wide"],
+    ...(tier ? [["upload", "wide"]] : []), ["size", ""], ["sum", ""]];
   const head = element("tr", "", ...names.map(([name, classes]) => element("th", classes, name)));
   const newest_first = [...run.saves].reverse();
-  return element("table", "", element("thead", "", head), element("tbody", "", ...newest_first.map((save) => row(save, longest_s))));
+  return element("table", "", element("thead", "", head), element("tbody", "", ...newest_first.map((save) => row(save, tier, longest_s))));
 }
 
-function section(run) {
+function section(run, status) {
+  const tier = second(run, status);
   const ranks = run.ranks.map((rank) => {
     const made = element("li", rank.alive ? "" : "gone", String(rank.rank));
     made.title = `rank ${rank.rank}, pid ${rank.pid}${rank.alive ? "" : ", gone"}`;
@@ -78,8 +99,14 @@ function section(run) {
   });
   const facts = [fact("state", run.state), fact("ranks", run.world), fact("in shared memory", size(run.image_bytes))];
   if (run.last_commit_step !== null) facts.push(fact("newest", `step ${run.last_commit_step}, ${seconds(run.last_commit_age_s)} ago`));
+  if (tier) {
+    facts.push(fact("second tier", tier.url));
+    facts.push(fact("uploaded", tier.last_upload_step === null ? "nothing yet" : `step ${tier.last_upload_step}, ${seconds(tier.last_upload_age_s)} ago`));
+    if (tier.queued.length) facts.push(fact("waiting", tier.queued.length));
+    if (tier.last_error) facts.push(fact("last upload error", tier.last_error));
+  }
   return element("section", "", element("h2", "", run.directory), element("ul", "facts", ...facts),
-    element("ul", "ranks", ...ranks), saves(run));
+    element("ul", "ranks", ...ranks), saves(run, tier));
 }
 
 function hosts(status) {
@@ -93,7 +120,7 @@ function show(status) {
   document.getElementById("saver").textContent =
     `${status.version}, pid ${status.pid}, up ${seconds(status.uptime_s)}, ${size(status.rss_bytes)} resident, ${status.endpoint}, root ${status.root}`;
   const all = [...status.runs, ...[...status.ended].reverse()];
-  const runs = all.length ? all.map(section) : [element("section", "", "no run has attached yet")];
+  const runs = all.length ? all.map((run) => section(run, status)) : [element("section", "", "no run has attached yet")];
   document.getElementById("runs").replaceChildren(...hosts(status), ...runs);
 }
 
