@@ -139,8 +139,9 @@ class Checkpointer:
         if self._closed:
             raise CheckpointError("restore() after close(): attach again")
         self._restored_or_warned = True
-        slots, places = self._staging.slots, (self._settings.directory, self._settings.second)
-        found = self._newest() if checkpoint == "latest" else restoring.find(checkpoint, *places, slots)
+        slots = self._staging.slots
+        place_of = self._settings.place_of
+        found = self._newest() if checkpoint == "latest" else restoring.find(checkpoint, place_of, slots)
         if found is None:
             return None
         if self._hosts is not None:
@@ -319,12 +320,11 @@ class Checkpointer:
         for handle in list(self._saves.open.values()):
             handle.wait_released(self._settings.timeout_s)
         if self._saves.committed is not None:
-            step, slots = self._saves.committed.step, self._staging.slots
-            return restoring.find(step, self._settings.directory, self._settings.second, slots)
+            return restoring.find(self._saves.committed.step, self._settings.place_of, self._staging.slots)
         if self._resume is None:
             return None
         image = Path(self._resume.image) if self._resume.image is not None else None
-        return Found(restoring.place_of(self._resume.step, self._settings.directory, self._settings.second), image)
+        return Found(self._settings.place_of(self._resume.step), image)
 
     def _leave(self, copy_timeout_s: float | None) -> None:
         if self._closed:

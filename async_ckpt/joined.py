@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from async_ckpt.core.location import Location
+from async_ckpt.core.manifest import MANIFEST_NAME, checkpoint_name
 from async_ckpt.core.protocol import Started
 
 from .client import Client
@@ -27,6 +28,14 @@ class Settings:
     timeout_s: float
     saver: str
     second: Location | None = None
+
+    def place_of(self, step: int) -> Location:
+        """Where the checkpoint of a step is: in the directory, unless only the second tier has it."""
+        path = self.directory / checkpoint_name(step)
+        if self.second is None or path.is_dir():
+            return path
+        there = self.second / checkpoint_name(step)
+        return there if (there / MANIFEST_NAME).exists() else path
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,6 @@ from async_ckpt.core.manifest import (
     FORMAT,
     MANIFEST_NAME,
     Manifest,
-    checkpoint_name,
     committed,
     parse_step,
     read_manifest,
@@ -38,9 +37,7 @@ class Found:
     image: Path | None
 
 
-def find(
-    checkpoint: str | int | os.PathLike[str], directory: Location, second: Location | None, slots: Sequence[Slot]
-) -> Found:
+def find(checkpoint: str | int | os.PathLike[str], place_of: Callable[[int], Location], slots: Sequence[Slot]) -> Found:
     """The checkpoint of a step, or at a path. Raises CheckpointError if `checkpoint` is neither."""
     if isinstance(checkpoint, str | os.PathLike):
         return Found(location_of(checkpoint), None)
@@ -48,13 +45,7 @@ def find(
         step = operator.index(checkpoint)
     except TypeError as error:
         raise CheckpointError(f"restore({checkpoint!r}): give 'latest', a step, or a path") from error
-    return Found(place_of(step, directory, second), image_of(step, slots))
-
-
-def place_of(step: int, directory: Location, second: Location | None) -> Location:
-    """Where the checkpoint of a step is: in `directory`, else in the second tier, if there is one."""
-    path = directory / checkpoint_name(step)
-    return path if second is None or path.is_dir() else second / checkpoint_name(step)
+    return Found(place_of(step), image_of(step, slots))
 
 
 def image_of(step: int, slots: Sequence[Slot]) -> Path | None:

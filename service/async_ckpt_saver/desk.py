@@ -235,7 +235,7 @@ class Desk:
         """What the machine may refuse: the directory, shared memory."""
         record = record_of(registration, grant)
         try:
-            far = self._services.storage(self.directory).far
+            far = self._services.storage(self.directory).far or bool(record.options.upload_to)
             image, undo = await self._services.in_thread(lambda: self._prepare(record, grant, registration), far=far)
         except Exception as error:
             if not isinstance(error, CheckpointError):

@@ -237,7 +237,7 @@ class LiveRun:
     async def _start(self) -> None:
         """The same newest checkpoint goes to every rank, so that all of them restore the same one."""
         try:
-            resume = await self._services.in_thread(self._newest, far=self._storage.far)
+            resume = await self._services.in_thread(self._newest, far=self._storage.far or self._uploader is not None)
             if self.abandoned:
                 return
             started = Started(resume=resume, newest_step=resume.step if resume is not None else None)
