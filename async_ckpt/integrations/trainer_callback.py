@@ -93,7 +93,8 @@ class AsyncCheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self._take_over(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
-        self._take_over(args, state, control)
+        if "train_runtime" not in trainer["logs"]:  # the summary, after which Trainer does not look at `control` again
+            self._take_over(args, state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         self._take_over(args, state, control)

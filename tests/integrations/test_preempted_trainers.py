@@ -19,15 +19,17 @@ import torch
 import torch.distributed as dist
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from async_ckpt import latest
 from async_ckpt.integrations.lightning import AsyncCheckpoint
 from async_ckpt.integrations.transformers import AsyncCheckpointCallback
 from tests.integrations.test_lightning import STRATEGIES, Module
-from tests.integrations.trainers import KINDS, AsyncTrainer, Watch, data, logged, make_trainer, wrapping
+from tests.integrations.trainers import KINDS, AsyncTrainer, Watch, data, logged, make_trainer, trained_values, wrapping
 from tests.ranks import ROOT
 from tests.system.processes import Job, Scenario, environment, run_together, until
-from tests.system.training import rank, reached
+from tests.system.training import ADAPTER, rank, reached, reference
+from tests.tiny_llama import difference, lora
 
 _HERE = "tests.integrations.test_preempted_trainers"
 _LONG = 100_000  # steps; nobody trains them
@@ -78,10 +80,15 @@ def train(folder: str, kind: str) -> None:
         trainer, ours = trainer_of(place, kind, [Ready(place)], wrapped)
         trainer.train()
     assert signal.getsignal(signal.SIGTERM) == before
+    assert not any(isinstance(each, JITCheckpointCallback) for each in trainer.callback_handler.callbacks)
     if kind == "best":  # the first one, since the loss falls
         assert trainer.state.best_global_step < trainer.state.global_step
         evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
         assert evaluated == list(range(1, trainer.state.global_step))
+        expected = reference(lora(lora_dropout=0.3), trained_values(trainer.model))
+        if rank() == 0:
+            written = (place / f"run/checkpoint-{trainer.state.global_step}" / ADAPTER).read_bytes()
+            assert difference(written, expected[ADAPTER]) == ""
     report(place, trainer.state.global_step, ours.preempted)
 
 
@@ -120,23 +127,27 @@ class Signalled(Module):
 
 
 def fit(folder: Path, kind: str, callbacks: list[Any], stop_after: int | None = None) -> Signalled:
-    """In the first epoch, since Lightning's own resuming is exact only there."""
+    """In the first epoch, since Lightning's own resuming is exact only there; or, for "epochs", in epochs of one step,
+    at whose end a scheduler steps."""
     pl.seed_everything(3 + rank(), verbose=False)
-    validating = kind == "validating"
-    kind = "ddp" if validating else kind
-    module = Signalled(kind, "step")
+    validating, epochs = int(kind == "validating"), kind == "epochs"
+    kind = "ddp" if validating or epochs else kind
+    module = Signalled(kind, "plateau" if epochs else "step")
     module.folder, module.stop_after = folder if stop_after is None else None, stop_after
-    examples = data(1, 8 * _LONG // 50)
+    examples = data(1, 8 if epochs else 8 * _LONG // 50)
     sampler = torch.utils.data.DistributedSampler(examples, shuffle=True, seed=3)
+    least = _LONG if stop_after is None else None
     trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=STRATEGIES[kind](), max_epochs=2, callbacks=callbacks,
-        min_steps=None if stop_after else _LONG, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, logger=False, accumulate_grad_batches=2, use_distributed_sampler=False,
-        num_sanity_val_steps=1, val_check_interval=2, limit_val_batches=int(validating),
+        accelerator="cpu", devices=2, strategy=STRATEGIES[kind](), max_epochs=_LONG, callbacks=callbacks,
+        min_steps=None if epochs else least, min_epochs=least if epochs else None, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, logger=False, accumulate_grad_batches=2,
+        use_distributed_sampler=False, num_sanity_val_steps=1, val_check_interval=2, limit_val_batches=validating,
     )  # fmt: skip
-    loader = StatefulDataLoader(examples, batch_size=2, sampler=sampler)
+    kind_of_loader = torch.utils.data.DataLoader if epochs else StatefulDataLoader
+    loader = kind_of_loader(examples, batch_size=2, sampler=sampler)
     trainer.fit(module, loader, torch.utils.data.DataLoader(data(2, 4), batch_size=2))
-    assert trainer.limit_val_batches == int(validating)
+    assert trainer.limit_val_batches == validating
+    assert least in (None, trainer.min_epochs if epochs else trainer.min_steps)
     return module
 
 
@@ -236,6 +247,7 @@ SCENARIOS: dict[str, Scenario] = {
     "callback": scenario(one_rank_is_told, "callback", "train", "go_on"),
     "lightning-torchrun": scenario(under_torchrun, "ddp", "fit_until_told", "fit_on"),
     "lightning-validating": scenario(one_rank_is_told, "validating", "fit_until_told", "fit_on"),
+    "lightning-epochs": scenario(one_rank_is_told, "epochs", "fit_until_told", "fit_on"),
     "lightning-fsdp2": scenario(one_rank_is_told, "fsdp2", "fit_until_told", "fit_on"),
 }
 
