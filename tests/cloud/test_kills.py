@@ -10,42 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from async_ckpt.core.claims import pack_claims
-from async_ckpt.core.layout import TensorSpec, plan_file
 from async_ckpt.core.location import Url
 from async_ckpt.core.manifest import committed, latest
 from async_ckpt.core.objects import Objects, store_of
-from async_ckpt.core.protocol import Ack, Bye, Claim, Granted, ImageFile, Layout, Options, Settled, Staged
-from async_ckpt.core.region import Region
+from async_ckpt.core.protocol import Ack, Bye, Settled, Staged
 from async_ckpt.core.retention_policy import Policy
-from async_ckpt.core.slots import SlotPaths, read_journals, remove_run
+from async_ckpt.core.slots import read_journals, remove_run
 from async_ckpt_saver.object_collection import collect_objects, unfinished_uploads
 from async_ckpt_saver.object_storage import ObjectStorage
+from tests.cloud.one_rank import FILE, fill, start
 from tests.cloud.proxy import Proxy
 from tests.cloud.test_object_storage import put
 from tests.cloud.weed import Weed
 from tests.saver.committing import make_image
-from tests.saver.hub_bench import stage
 from tests.saver.saver_process import Peer, SaverProcess
-
-_FILE = plan_file("adapter_model.safetensors", [TensorSpec("w", "F32", (6 << 20,))])  # 24 MiB: four parts
-_LAYOUT = Layout((ImageFile(_FILE.path, _FILE.header, _FILE.total_bytes),), {"README.md": b"read me"})
-
-
-def start(peer: Peer, url: Url) -> Granted:
-    claims = pack_claims([_FILE], [Claim(0, 0, Region(False, (0,), (6 << 20,)))])[0]
-    options = Options(str(url), 1, 2, Policy(), 60.0)
-    return peer.start(Path("/unused"), options=options, layout=_LAYOUT, claims=claims)
-
-
-def fill(granted: Granted, step: int) -> bytes:
-    """Stage `step` in slot 0; what its adapter is then."""
-    path = SlotPaths(Path(granted.run), 0).image / _FILE.path
-    with path.open("r+b") as file:
-        file.seek(len(_FILE.header))
-        file.write(os.urandom(_FILE.total_bytes - len(_FILE.header)))
-    stage(granted, 0, 0, step)
-    return path.read_bytes()
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +64,7 @@ def test_a_saver_killed_in_mid_upload_loses_nothing(
             assert (settled.step, settled.outcome, settled.path) == (5, "committed", f"{url}/checkpoint-5")
             peer.say(Bye(seq=2))
             peer.hear(Ack)
-        assert objects.read((url / "checkpoint-5" / _FILE.path).key) == data
+        assert objects.read((url / "checkpoint-5" / FILE.path).key) == data
         assert {path.partition("/")[0] for path in objects.walk(url.key)} == {"checkpoint-5"}
         assert unfinished_uploads(objects, url) == []
 
