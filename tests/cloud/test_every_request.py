@@ -94,7 +94,8 @@ def test_whenever_it_dies(
                 died += 1
         if len(asked) <= at:
             break  # it had come to its end before
-        seen += assert_whole_or_nothing(there, objects, image)
+        visible = assert_whole_or_nothing(there, objects, image)
+        seen += visible
         if follower == "the same run":
             assert put(there, 1, image) == f"{there}/checkpoint-1", asked[at]
         else:
@@ -103,7 +104,8 @@ def test_whenever_it_dies(
                 gone = msgspec.structs.replace(left[0], process=dead)
                 objects.write((there / ".async-ckpt/checkpoint-1").key, msgspec.json.encode(gone))
             ObjectStorage(there).prepare()
-            if not assert_whole_or_nothing(there, objects, image):
+            assert assert_whole_or_nothing(there, objects, image) == visible, asked[at]
+            if not visible:
                 assert objects.walk(there.key) == {}, asked[at]
                 assert put(there, 1, image, run="another") == f"{there}/checkpoint-1"
         assert assert_whole_or_nothing(there, objects, image)
