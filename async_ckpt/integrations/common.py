@@ -43,7 +43,8 @@ def check_start(directory: str | Path, step: int, advice: str) -> None:
 
     Raises CheckpointError before the training has cost anything.
     """
-    names = [path.name for path in Path(directory).glob("checkpoint-*") if path.is_dir()]
+    place = local_path(directory, "Trainer's output_dir")
+    names = [path.name for path in place.glob("checkpoint-*") if path.is_dir()]
     newest = max((found for found in map(parse_step, names) if found is not None), default=-1)
     if newest > step:
         raise CheckpointError(

@@ -22,6 +22,7 @@ except ImportError as _error:
 
 from async_ckpt import CheckpointError, attach
 from async_ckpt.checkpointer import Checkpointer
+from async_ckpt.core.location import location_of
 from async_ckpt.notices import SIGNALS
 from async_ckpt.plain import from_plain, to_plain
 from async_ckpt.rng import read_rng, restore_rng
@@ -62,7 +63,7 @@ class AsyncCheckpoint(Callback):  # type: ignore[misc]
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise CheckpointError(f"every_n_steps={every_n_steps}: give a number of steps above 0, or None")
-        self.directory = Path(directory)
+        self.directory = location_of(directory)
         self.checkpointer: Checkpointer | None = None
         self.preempted = False
         self._every_n_steps = every_n_steps

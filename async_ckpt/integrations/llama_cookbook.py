@@ -33,6 +33,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from async_ckpt import CheckpointError, SaveHandle, attach
 from async_ckpt.checkpointer import Checkpointer
+from async_ckpt.core.location import local_path
 
 from .common import adapter_names
 
@@ -92,7 +93,7 @@ class _Saves:
 
     def save(self, model: torch.nn.Module, model_path: str) -> None:
         """In the place of `save_peft_checkpoint`."""
-        directory = Path(model_path)
+        directory = local_path(model_path, "llama-cookbook's output_dir")
         ckpt = self._attached(model, directory)
         handle = ckpt.save(ckpt.next_step)
         if ckpt.rank == 0:
