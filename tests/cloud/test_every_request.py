@@ -71,7 +71,7 @@ def dead_process() -> Any:
         return process_of(process.pid)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.full), "after"])
 @pytest.mark.parametrize("follower", ["the same run", "another job"])
 def test_whenever_it_dies(
     url: Url,
