@@ -31,11 +31,13 @@ _REQUEST_S = 30.0  # of one request; a part of 8 MiB then needs 0.3 MB/s
 
 
 class Object(msgspec.Struct, frozen=True):
-    """`modified_s` by the clock of the store; `version` changes with the content."""
+    """`modified_s` by the clock of the store. Of `e_tag` and `version`, which change with the content, each store has
+    one or both."""
 
     bytes: int
     modified_s: float
-    version: str
+    e_tag: str | None = None
+    version: str | None = None
 
 
 class Objects:
@@ -126,9 +128,11 @@ class Objects:
         """
         return self._put_if(key, data, "create")
 
-    def replace(self, key: str, data: bytes, version: str) -> bool:
-        """Write it if the object there is still `version`, in one operation. `data` as for `create`."""
-        return self._put_if(key, data, {"e_tag": version})
+    def replace(self, key: str, data: bytes, about: Object) -> bool:
+        """Write it if the object there is still the one that `about` tells of, in one operation. `data` as for
+        `create`."""
+        known = {"e_tag": about.e_tag, "version": about.version}
+        return self._put_if(key, data, {name: value for name, value in known.items() if value is not None})
 
     def _put_if(self, key: str, data: bytes, mode: Any) -> bool:
         def work() -> bool:
@@ -192,7 +196,7 @@ class Objects:
 
 
 def _object(meta: Any) -> Object:
-    return Object(meta["size"], meta["last_modified"].timestamp(), meta["e_tag"] or meta["version"] or "")
+    return Object(meta["size"], meta["last_modified"].timestamp(), meta["e_tag"], meta["version"])
 
 
 def _requests(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

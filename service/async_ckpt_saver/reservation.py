@@ -83,7 +83,7 @@ class Reservations:
             holder, about = found
             # A saver that was killed goes on with its run, and is the only one that does.
             if (holder.run == run and purpose == "commit" == holder.purpose) or self.is_free(holder, about.modified_s):
-                if self._objects.replace(self._key(step), msgspec.json.encode(ours), about.version):
+                if self._objects.replace(self._key(step), msgspec.json.encode(ours), about):
                     return Held(ours, False, until_s)
                 continue  # another one was quicker
             left_s = attempts.left_s

@@ -16,14 +16,16 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from async_ckpt.core.attempts import Attempts
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.location import Url
 from async_ckpt.core.manifest import committed, latest
 from async_ckpt.core.objects import Objects, store_of
 from async_ckpt.core.retention_policy import Policy
-from async_ckpt_saver.object_collection import collect_objects
+from async_ckpt_saver.object_collection import collect_objects, remove_step
 from async_ckpt_saver.object_examination import examine_store
 from async_ckpt_saver.object_storage import ObjectStorage
+from async_ckpt_saver.reservation import Reservations
 from async_ckpt_saver.writer import AlreadyCommittedError
 from tests.cloud.test_object_storage import put
 from tests.cloud.weed import free_ports
@@ -92,6 +94,10 @@ def test_azure(az: Url, folder: Path, clean_environment: pytest.MonkeyPatch) -> 
     assert [step for step, _ in committed(az)] == [1, 2, 3]
     with pytest.raises(AlreadyCommittedError, match="exists already"):
         put(az, 3, image, run="another")
+    for fresh in (True, False):  # made, and taken over
+        assert Reservations(Objects(az), az).take(4, "run-1", "commit", 60.0, Attempts(10.0)).fresh is fresh
+    assert put(az, 4, image) == f"{az}/checkpoint-4"
+    remove_step(Objects(az), az, 4, Attempts(10.0))
     ObjectStorage(az).retain(Policy(keep_last=2))
     assert [each.name for each in collect_objects(az, Policy(keep_last=1), dry_run=False)] == ["checkpoint-2"]
     assert {path.partition("/")[0] for path in Objects(az).walk(az.key)} == {"checkpoint-3"}

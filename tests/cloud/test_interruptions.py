@@ -14,6 +14,7 @@ from async_ckpt.core.location import Url
 from async_ckpt.core.manifest import committed, latest
 from async_ckpt.core.object_errors import ObjectError
 from async_ckpt.core.objects import Objects
+from async_ckpt_saver import object_storage
 from async_ckpt_saver.object_collection import unfinished_uploads
 from async_ckpt_saver.writer import CommitError
 from tests.cloud.proxy import Mode, Proxy
@@ -78,9 +79,12 @@ def test_what_does_not_come_back_fails_the_save_and_leaves_nothing(
     assert latest(str(url)) is None
 
 
-def test_a_network_that_swallows_everything_ends_the_commit(proxied: tuple[Url, Proxy], image: Path) -> None:
+def test_a_network_that_swallows_everything_ends_the_commit(
+    proxied: tuple[Url, Proxy], image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No connection is refused or cut: only time tells. The next commit of the step is not hindered by the first."""
     url, proxy = proxied
+    monkeypatch.setattr(object_storage, "_TIDY_S", 1.0)
     proxy.stop_after(12 << 20)
     with pytest.raises(CommitError, match="was not committed"):
         put(url, 1, image, timeout_s=1.0)
