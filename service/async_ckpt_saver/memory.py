@@ -7,7 +7,8 @@ import ctypes
 import gc
 from collections.abc import Iterator
 
-_M_ARENA_MAX = -8  # of mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
+_LARGE_BYTES = 64 << 20
 
 
 def one_heap() -> None:
@@ -35,3 +36,12 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def reuse_large_blocks() -> None:
+    """Let malloc (glibc's) keep blocks of megabytes that come and go, until `give_back`. Else each message of a link is
+    a mapping of its own, and its pages come from the kernel one fault at a time: a tenth of a second a gigabyte."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 4 * _LARGE_BYTES)

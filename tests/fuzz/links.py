@@ -59,8 +59,13 @@ class FuzzedLead(FuzzedSaver):
         self._ready = False  # rank 0
         self.reception = Reception(self.services, self.hub)
         self.sessions = Sessions(
-            "fuzz", self.services.now_s, self.services.rejections, self._send_word, self._on_word
-        )  # fmt: skip
+            "fuzz",
+            self.services.now_s,
+            self.services.rejections,
+            self._send_word,
+            self._on_word,
+            encrypted=False,
+        )
 
     def _send(self, identity: bytes, message: FromSaver) -> None:
         if not self.reception.tell(identity, message):

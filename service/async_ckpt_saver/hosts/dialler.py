@@ -16,6 +16,7 @@ from async_ckpt.core.limits import MAX_MESSAGE_BYTES
 from async_ckpt.core.protocol import Lead
 from async_ckpt.core.transport import next_failure, watch_handshakes
 
+from ..memory import reuse_large_blocks
 from .lane import Lane, Payload
 from .link_words import (
     LINK_PROTOCOL,
@@ -63,6 +64,7 @@ class Link(Protocol):
     """A way to the lead. What is said while it is not `open` is not said: `link_open` is the time to say it all."""
 
     open: bool
+    encrypted: bool
 
     @property
     def silent_s(self) -> float: ...
@@ -92,8 +94,10 @@ class Dialler:
         now_s: Callable[[], float],
     ) -> None:  # fmt: skip
         self.open = False
+        self.encrypted = bool(lead.server_key)
         self._lead, self._host, self._name = lead, host, name
         self._loop, self._events, self._now_s = loop, events, now_s
+        reuse_large_blocks()
         self._context = zmq.Context(PIECE_LANES)
         self._ends: list[_End] = []
         self._heard_s = now_s()

@@ -15,7 +15,7 @@ import msgspec
 from .link_words import Beat, Missing, Said, encode_word
 
 Payload: TypeAlias = bytes | memoryview
-WINDOW_BYTES = 16 << 20
+WINDOW_BYTES = 32 << 20
 
 
 class Entry(msgspec.Struct, frozen=True):

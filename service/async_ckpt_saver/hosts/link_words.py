@@ -93,12 +93,13 @@ class Offer(_Said, frozen=True):
 
 
 class Piece(_Said, frozen=True):
-    """Bytes of a wanted step: piece `number` of what the rank owns (`spans.Pieces`), with their xxh3-64."""
+    """Bytes of a wanted step: piece `number` of what the rank owns (`spans.Pieces`), with their xxh3-64. None where the
+    link is encrypted, since CURVE proves each message by a code of its own (Poly1305)."""
 
     identity: _Identity
     step: _Step
     number: Annotated[int, msgspec.Meta(ge=0, lt=MAX_PIECES)]
-    xxh3: Annotated[int, msgspec.Meta(ge=0)]
+    xxh3: Annotated[int, msgspec.Meta(ge=0)] | None
 
 
 class Left(_Said, frozen=True):

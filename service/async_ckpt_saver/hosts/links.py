@@ -145,7 +145,14 @@ class Links:
         def on_word(session: Session, word: Said, payload: memoryview | None) -> None:
             self._reception.word(sessions, session, word, payload)
 
-        sessions = Sessions(self._services.incarnation, self._services.now_s, self._services.rejections, send, on_word)
+        sessions = Sessions(
+            self._services.incarnation,
+            self._services.now_s,
+            self._services.rejections,
+            send,
+            on_word,
+            encrypted=keys is not None,
+        )
         listener = Listener(self._loop, self._services.rejections, frames, sessions.settle_up)
         endpoint = listener.open(address, keys, ring)
         record = msgspec.structs.replace(record, endpoint=endpoint)

@@ -18,6 +18,7 @@ from async_ckpt.core.limits import MAX_MESSAGE_BYTES
 from async_ckpt.core.transport import CURVE_DOMAIN
 
 from ..doorkeeper import Doorkeeper
+from ..memory import reuse_large_blocks
 from ..rejections import Rejections
 from .lane import Payload
 
@@ -69,6 +70,7 @@ class Listener:
     def open(self, address: str, keys: KeyPair | None, ring: KeyRing) -> str:
         """Bind to "IP:PORT", port 0 for any; returns the endpoint. Raises CheckpointError."""
         version = _ip_version(address)
+        reuse_large_blocks()
         self._context = zmq.Context(IO_THREADS)
         socket = self._socket = self._context.socket(zmq.ROUTER)
         socket.set(zmq.ROUTER_HANDOVER, 1)

@@ -29,6 +29,7 @@ from async_ckpt.core.slots import shm_identity
 
 from ..hub import Hub
 from ..live import LiveRun
+from ..memory import give_back
 from ..rejections import Cause
 from ..services import Services
 from ..status import HostStatus
@@ -50,6 +51,7 @@ class Reception:
         self._sessions: dict[bytes, tuple[Sessions, Session]] = {}  # by the rank's identity
         self._ranks: dict[bytes, RemoteRank] = {}
         self._ticked_s = services.now_s()
+        self._ticked_bytes = self._given_back_bytes = 0
         self._shm = shm_identity()
 
     def tell(self, identity: bytes, message: FromSaver) -> bool:
@@ -100,6 +102,10 @@ class Reception:
                 for identity in gone.identities:
                     self._unbind(identity)
         self._ticked_s = self._services.now_s()
+        if self._given_back_bytes < self._ticked_bytes == self._services.relayed_bytes:
+            self._given_back_bytes = self._ticked_bytes  # nothing has come for a while
+            give_back()
+        self._ticked_bytes = self._services.relayed_bytes
         for identity in [identity for identity in self._sessions if not self._hub.knows(identity)]:
             self._unbind(identity)
             self._drop_rank(identity)
@@ -212,7 +218,7 @@ class Reception:
             return
         session.relayed_bytes += payload.nbytes
         self._services.relayed_bytes += payload.nbytes
-        if rank.piece(word, payload):
+        if rank.piece(word, payload, proved=sessions.encrypted):
             sessions.say(session, Held(identity=word.identity, step=word.step))
 
     def _rank(self, identity: bytes) -> RemoteRank | None:

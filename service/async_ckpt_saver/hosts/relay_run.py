@@ -37,6 +37,7 @@ from async_ckpt.core.protocol import (
 from async_ckpt.core.slots import Peer, Phase
 
 from ..image import RunImage
+from ..memory import give_back
 from ..run import Tell as Told
 from ..services import Services
 from ..status import Chronicle, RunState, RunStatus, run_status
@@ -288,6 +289,7 @@ class RelayRun:
             self._ended = True
             self._mapped.close()
             self._on_end()
+            give_back()
 
     # --- handing over ------------------------------------------------------------------------------------------------
 
@@ -333,8 +335,8 @@ class RelayRun:
             self._mapped.view(staged.slot, span.file)[span.start : span.stop] for span in self._pieces[rank].cut(number)
         ]
         payload: memoryview | bytes = parts[0] if len(parts) == 1 else b"".join(parts)
-        word = Piece(identity=self._peers[rank].identity, step=staged.step, number=number,
-                     xxh3=xxhash.xxh3_64_intdigest(payload))  # fmt: skip
+        xxh3 = None if self._link.encrypted else xxhash.xxh3_64_intdigest(payload)
+        word = Piece(identity=self._peers[rank].identity, step=staged.step, number=number, xxh3=xxh3)
         self._link.hand_over(word, payload)
 
     def _say(self, rank: int, message: FromRank) -> None:

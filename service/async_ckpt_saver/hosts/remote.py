@@ -69,9 +69,9 @@ class RemoteRank:
         self._incoming.begin(word)
         return self._finish()
 
-    def piece(self, word: Piece, payload: memoryview) -> bool:
-        """Whether the step is complete with it. One that is not expected any more is passed over. Raises
-        SenselessError."""
+    def piece(self, word: Piece, payload: memoryview, *, proved: bool) -> bool:
+        """Whether the step is complete with it. One that is not expected any more is passed over. `proved`: the link
+        has seen to it that these are the bytes that were sent. Raises SenselessError."""
         if not 0 <= word.number < self._pieces.count:
             raise SenselessError(f"piece {word.number} of {self._pieces.count}")
         offer = self._incoming.offer
@@ -83,7 +83,9 @@ class RemoteRank:
         if payload.nbytes != self._pieces.size_bytes(word.number):
             raise SenselessError(f"piece {word.number} of {payload.nbytes} bytes, not "
                                  f"{self._pieces.size_bytes(word.number)}")  # fmt: skip
-        if xxhash.xxh3_64_intdigest(payload) != word.xxh3:
+        if word.xxh3 is None and not proved:
+            raise SenselessError(f"piece {word.number} without a hash, on a link without CURVE")
+        if word.xxh3 is not None and xxhash.xxh3_64_intdigest(payload) != word.xxh3:
             self.fail(f"piece {word.number} of rank {self.rank} was damaged on its way: is the network sound?")
             raise SenselessError(f"piece {word.number} of step {word.step} does not hash as said")
         self._write(offer.slot, word.number, payload)

@@ -61,7 +61,10 @@ class Sessions:
         rejections: Rejections,
         send: Callable[[bytes, bytes, Payload | None], None],
         on_word: Callable[[Session, Say | Offer | Piece | Said, memoryview | None], None],
+        *,
+        encrypted: bool,
     ) -> None:
+        self.encrypted = encrypted
         self._incarnation = incarnation
         self._now_s = now_s
         self._rejections = rejections

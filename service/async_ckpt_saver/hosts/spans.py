@@ -19,7 +19,7 @@ from async_ckpt.core.layout import DTYPE_BITS, Extent, FileLayout
 from async_ckpt.core.protocol import Claims
 from async_ckpt.core.region import Region
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 4 << 20
 _INT_BYTES = 8
 
 

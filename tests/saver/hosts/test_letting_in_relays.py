@@ -219,6 +219,7 @@ def lies() -> list[tuple[str, Callable[[bytes], Said], bytes | None, str]]:
         ("number", lambda who: Piece(identity=who, step=5, number=99, xxh3=0), b"x", "piece 99 of"),
         ("size", lambda who: Piece(identity=who, step=5, number=0, xxh3=digest(b"x")), b"x", "of 1 bytes, not"),
         ("nothing", lambda who: Piece(identity=who, step=5, number=0, xxh3=0), None, "without its bytes"),
+        ("no hash", lambda who: Piece(identity=who, step=5, number=0, xxh3=None), bytes(PIECE_BYTES), "without a hash"),
         ("hash", lambda who: Piece(identity=who, step=5, number=0, xxh3=1), bytes(PIECE_BYTES), "does not hash"),
     ]
 

@@ -47,7 +47,7 @@ from async_ckpt.core.slots import Phase, SlotPaths, StateFile
 from async_ckpt_saver.hosts.spans import spans_of
 from tests.saver.saver_process import Peer, SaverProcess, until
 
-COLUMNS = 640
+COLUMNS = 2048
 ROWS = 1536  # of each tensor; a step has 2 * ROWS * COLUMNS * 4 bytes: some pieces for each rank
 
 
