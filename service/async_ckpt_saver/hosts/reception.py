@@ -159,6 +159,8 @@ class Reception:
             return True
         if self._hub.host_of(identity) != session.host:
             return False
+        if place is not None and place[1].number > session.number:
+            return False  # its relay was replaced: this was on its way before
         self._bind(sessions, session, identity)
         return True
 

@@ -330,7 +330,8 @@ class RelayRun:
     def _hand_over(self, rank: int, staged: Staged, number: int) -> None:
         cell = self.image.states[staged.slot].cell(rank)
         if cell.phase is not Phase.STAGED or cell.step != staged.step:
-            return  # it has an outcome that this saver has not heard of, or the rank would not have gone on
+            self._out[rank].over(staged.step)  # it has an outcome, or the rank would not have gone on
+            return
         parts = [
             self._mapped.view(staged.slot, span.file)[span.start : span.stop] for span in self._pieces[rank].cut(number)
         ]

@@ -5,6 +5,7 @@ No sockets: `hear` takes the frames, `Sessions.send` what goes out.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,7 +40,8 @@ _IDLE_S = 120.0  # after which a relay that said nothing is forgotten; it begins
 
 @dataclass(eq=False)
 class Session:
-    """One relay. `identities` are the ranks that it speaks for, `opened` the runs that it was told of."""
+    """One relay. `identities` are the ranks that it speaks for, `opened` the runs that it was told of. One that began
+    later has a higher `number`."""
 
     token: bytes
     host: str
@@ -49,6 +51,7 @@ class Session:
     identities: set[bytes] = field(default_factory=set)
     opened: set[str] = field(default_factory=set)
     relayed_bytes: int = 0
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 class Sessions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,17 @@ from hypothesis import strategies as st
 from async_ckpt.core.manifest import read_manifest
 from async_ckpt.core.protocol import Granted, Pong, Refused, Settled, Staged, encode
 from async_ckpt.core.slots import SlotPaths
-from async_ckpt_saver.hosts.link_words import Held, Opened, Share, Wanted
+from async_ckpt_saver.hosts.link_words import (
+    LINK_PROTOCOL,
+    Held,
+    Hello,
+    Offer,
+    Opened,
+    Share,
+    Wanted,
+    decode_from_relay,
+    encode_word,
+)
 from async_ckpt_saver.hosts.spans import Span, unpack
 from tests.fuzz.links import FAR, HALF_BYTES, NEAR, FuzzedLead, half, joined, near_stages, numbered, split, words
 from tests.saver.saver_process import FILE, LAYOUT
@@ -48,6 +59,34 @@ def test_the_life_of_a_rank_behind_a_relay(tmp_path: Path, twice: bool) -> None:
         assert [each.known for each in heard if isinstance(each, Pong)][-1] is False  # it has left
         assert sum(lead.services.rejections.counts.values()) == 0
         assert lead.services.relayed_bytes == HALF_BYTES
+    finally:
+        lead.close()
+
+
+def test_what_an_earlier_relay_had_under_way_disturbs_the_transfer_of_its_successor_no_more(tmp_path: Path) -> None:
+    lead = FuzzedLead(tmp_path)
+    content = secrets.token_bytes(HALF_BYTES)
+    try:
+        lead.receive(NEAR, encode(half(tmp_path / "run", 0)))
+        frames = list(numbered(words(tmp_path / "run", content)))
+        for lane, word, payload in frames[:4]:  # until the run has started
+            lead.hear(b"old-%d" % lane, word, payload)
+            lead.settle()
+        offer, piece = (decode_from_relay(frames[n][1]) for n in (4, 5))
+        assert isinstance(offer, Offer)
+        for lane in (0, 1):
+            hello = Hello(protocol=LINK_PROTOCOL, session=bytes(range(16)), lane=lane, host="boot:1", name="b")
+            lead.hear(b"new-%d" % lane, encode_word(hello))
+        lead.hear(b"new-0", encode_word(msgspec.structs.replace(offer, seq=1)))
+        rejected = lead.services.rejections.counts["unexpected"]
+        lead.hear(b"old-0", frames[4][1])  # it had been waiting in a socket
+        assert lead.services.rejections.counts["unexpected"] == rejected + 1
+        lead.hear(b"new-1", encode_word(msgspec.structs.replace(piece, seq=1)), content)
+        assert [type(word) for word in lead.told if isinstance(word, Wanted | Held)][:2] == [Wanted, Held]
+        near_stages(lead, 1)
+        lead.receive(NEAR, encode(Staged(seq=1, slot=0, step=1, copy_s=0.0)))
+        lead.settle(0.2)
+        assert (tmp_path / "run/checkpoint-1" / FILE.path).read_bytes()[-HALF_BYTES:] == content
     finally:
         lead.close()
 
