@@ -17,6 +17,7 @@ import argparse
 import json
 import mmap
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -60,12 +61,14 @@ from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt.core.slots import Phase, SlotPaths, StateFile, shm_identity
 
+from . import measure
+
 MESSAGE_BYTES = 1 << 20
 GOAL = 0.8
 
 
 def raw_tcp(total_bytes: int) -> float:
-    """Bytes a second."""
+    """Seconds."""
     door = socket.create_server(("127.0.0.1", 0))
     child = os.fork()
     if child == 0:
@@ -86,19 +89,23 @@ def raw_tcp(total_bytes: int) -> float:
     receiver.close()
     door.close()
     assert received == total_bytes
-    return total_bytes / took_s
+    return took_s
 
 
 def raw_curve(total_bytes: int) -> float:
-    """Bytes a second."""
+    """Seconds."""
     server_public, server_secret = zmq.curve_keypair()
     context = zmq.Context(1)
     router = context.socket(zmq.ROUTER)
     router.set(zmq.CURVE_SERVER, 1)
     router.set(zmq.CURVE_SECRETKEY, server_secret)
     port = router.bind_to_random_port("tcp://127.0.0.1")
-    arguments = ["--send-curve", str(port), server_public.hex(), str(total_bytes)]  # in Z85 it may begin with a dash
-    child = subprocess.Popen([sys.executable, "-m", "benchmarks.link", *arguments])
+    child = os.fork()
+    if child == 0:
+        try:
+            send_curve(port, server_public, total_bytes)
+        finally:
+            os._exit(0)
     received = 0
     begin_s = 0.0
     while received < total_bytes:
@@ -106,10 +113,10 @@ def raw_curve(total_bytes: int) -> float:
         begin_s = begin_s or time.perf_counter()
         received += len(frames[1].buffer)
     took_s = time.perf_counter() - begin_s
-    child.wait()
+    os.waitpid(child, 0)
     router.close()
     context.term()
-    return (total_bytes - MESSAGE_BYTES) / took_s
+    return took_s * total_bytes / (total_bytes - MESSAGE_BYTES)
 
 
 def send_curve(port: int, server: bytes, total_bytes: int) -> None:
@@ -233,7 +240,7 @@ class Pair:
         self._step = 0
 
     def measure(self) -> float:
-        """Bytes a second, from the rank's word until all of it is in the lead's journal."""
+        """Seconds, from the rank's word until all of it is in the lead's journal."""
         self._step += 1
         slot = self._step % 2
         self._far.stage(self._step, slot, self._data)
@@ -244,7 +251,10 @@ class Pair:
             assert time.perf_counter() - begin_s < 120, "never handed over"
         took_s = time.perf_counter() - begin_s
         self._near.skip(self._step, slot)
-        return self._total_bytes / took_s
+        return took_s
+
+    def cpu_s(self) -> float:
+        return measure.cpu_s(saver.pid for saver in self._savers)
 
     def close(self) -> None:
         for rank in (self._near, self._far):
@@ -254,8 +264,13 @@ class Pair:
             saver.wait()
 
 
-def measure(total_bytes: int, rounds: int) -> dict[str, list[float]]:
-    """Bytes a second, of each way and round."""
+def _raw_cpu_s() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def take_turns(total_bytes: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and CPU seconds, of both ends together, of each way and round."""
     from async_ckpt.core.slots import links_path, read_journals, remove_run
 
     with tempfile.TemporaryDirectory(prefix="link-", dir="/tmp") as folder:
@@ -265,18 +280,19 @@ def measure(total_bytes: int, rounds: int) -> dict[str, list[float]]:
                 home = Path(folder) / name
                 home.mkdir()
                 pairs[name] = Pair(home, total_bytes, plain=name == "plain")
-            ways: dict[str, Callable[[], float]] = {
-                "raw tcp": lambda: raw_tcp(total_bytes),
-                "plain": pairs["plain"].measure,
-                "raw CURVE": lambda: raw_curve(total_bytes),
-                "CURVE": pairs["CURVE"].measure,
+            ways: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
+                "raw tcp": (lambda: raw_tcp(total_bytes), _raw_cpu_s),
+                "plain": (pairs["plain"].measure, pairs["plain"].cpu_s),
+                "raw CURVE": (lambda: raw_curve(total_bytes), _raw_cpu_s),
+                "CURVE": (pairs["CURVE"].measure, pairs["CURVE"].cpu_s),
             }
-            results: dict[str, list[float]] = {name: [] for name in ways}
+            results: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
             for number in range(rounds + 1):
-                for name, way in ways.items():
-                    speed = way()
+                for name, (way, cpu_s) in ways.items():
+                    before_s = cpu_s()
+                    took_s = way()
                     if number:
-                        results[name].append(speed)
+                        results[name].append((took_s, cpu_s() - before_s))
             return results
         finally:
             for name, pair in pairs.items():
@@ -293,17 +309,17 @@ def main() -> int:
     parser.add_argument("--mib", type=int, default=512, help="of each hand-over (512)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--send-curve", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.send_curve:
-        port, server, total = options.send_curve
-        send_curve(int(port), bytes.fromhex(server), int(total))
-        return 0
-    results = measure(options.mib << 20, options.rounds)
-    medians = {name: statistics.median(speeds) for name, speeds in results.items()}
-    print(f"{options.mib} MiB, {options.rounds} rounds, medians (least to most):")
-    for name, speeds in results.items():
-        print(f"  {name:10} {medians[name] / 1e9:6.2f} GB/s  ({min(speeds) / 1e9:.2f} to {max(speeds) / 1e9:.2f})")
+    gigabytes = (options.mib << 20) / 1e9
+    print(f"load {os.getloadavg()[0]:.1f} before; {options.mib} MiB, {options.rounds} rounds, medians (least to most):")
+    results = take_turns(options.mib << 20, options.rounds)
+    medians = {}
+    for name, figures in results.items():
+        speeds = [gigabytes / took_s for took_s, _ in figures]
+        medians[name] = statistics.median(speeds)
+        cpu_s = statistics.median(used_s for _, used_s in figures) / gigabytes
+        print(f"  {name:10} {medians[name]:6.2f} GB/s  ({min(speeds):.2f} to {max(speeds):.2f})   "
+              f"{cpu_s:.2f} CPU s a GB, both ends")  # fmt: skip
     fine = True
     for ours, raw in (("plain", "raw tcp"), ("CURVE", "raw CURVE")):
         part = medians[ours] / medians[raw]

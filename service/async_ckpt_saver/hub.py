@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_IDENTITIES, MAX_REASON_CHARS, MAX_REGISTRATIONS, MAX_RUNS
@@ -26,7 +27,6 @@ from async_ckpt.core.slots import shm_identity
 
 from . import __version__
 from .desk import Desk
-from .hosts.relay_desk import RelayDesk
 from .hosts.shares import host_of
 from .image import RunImage
 from .live import LiveRun
@@ -35,6 +35,9 @@ from .services import Services
 from .status import SaverStatus, encode_status, process_memory_bytes, wall_clock_s
 from .uploader import Uploaders
 from .watch import ProcessWatch
+
+if TYPE_CHECKING:
+    from .hosts.relay_desk import RelayDesk
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +169,7 @@ class Hub:
             if (host := host_of(message.process)) is not None:
                 self._hosts[identity] = host
             desk.register(identity, message)
-        elif isinstance(desk, RelayDesk):
+        elif not isinstance(desk, Desk):
             self._places[identity] = desk
             desk.withdraw(identity, message)
         else:
@@ -243,9 +246,12 @@ class Hub:
     def _desk(self, directory: str, lead: Lead | None) -> Desk | RelayDesk:
         key = directory if lead is None else f"{lead.endpoint} {lead.public_key.hex()} {directory}"
         if key not in self._desks:
-            self._desks[key] = (
-                Desk(directory, self._services, self._watch)
-                if lead is None
-                else RelayDesk(key, directory, lead, self._services, self._watch)
-            )
+            self._desks[key] = self._new_desk(key, directory, lead)
         return self._desks[key]
+
+    def _new_desk(self, key: str, directory: str, lead: Lead | None) -> Desk | RelayDesk:
+        if lead is None:
+            return Desk(directory, self._services, self._watch)
+        from .hosts.relay_desk import RelayDesk  # few savers ever relay
+
+        return RelayDesk(key, directory, lead, self._services, self._watch)

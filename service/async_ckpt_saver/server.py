@@ -20,11 +20,10 @@ import zmq
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_MESSAGE_BYTES
 from async_ckpt.core.protocol import FromSaver, LeadWanted, decode_from_rank, encode
-from async_ckpt.core.slots import SHM
+from async_ckpt.core.slots import SHM, links_path
 from async_ckpt.core.transport import EndpointInUse, transport_of
 
 from .doorkeeper import Doorkeeper
-from .hosts.links import Links
 from .hub import Hub
 from .notify import Notifier
 from .roots import Roots
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from async_ckpt.core.keys import KeyPair
 
     from .eyes import Eyes
+    from .hosts.links import Links
     from .http_listener import Address
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Server:
         self._keys = self._read_keys() if self._transport.encrypted else None
         self._stop = asyncio.Event()
         self._eyes: Eyes | None = None
+        self._links: Links | None = None
         self._signal: int | None = None
         self._signal_s = 0.0
         self._last_message_s: float | None = None
@@ -129,6 +130,14 @@ class Server:
         log.info("clients whose keys are allowed: %s", ", ".join(read_allowed(allow).values()))
         return read_secret(secret)
 
+    def _with_links(self) -> Links:
+        """Made when the first job on several hosts comes: most savers never have one, and it takes time and memory."""
+        if self._links is None:
+            from .hosts.links import Links
+
+            self._links = Links(self._services, self._hub, self._loop, *self._link_keys())
+        return self._links
+
     def _link_keys(self) -> tuple[KeyPair | None, set[bytes]]:
         """Those that this saver was given hold for its links as well, whatever it serves its own ranks by. A list is
         not needed: rank 0 names a key that may come in."""
@@ -168,8 +177,8 @@ class Server:
             orphan_image_s=self._config.orphan_image_s,
         )
         self._hub = Hub(services)
-        self._links = Links(services, self._hub, self._loop, *self._link_keys())
-        services.dial, services.hosts = self._links.dial, self._links.hosts
+        services.dial = lambda lead, events: self._with_links().dial(lead, events)
+        services.hosts = lambda: [] if self._links is None else self._links.hosts()
         allowed = self._config.curve_allow if self._keys is not None else None
         self._doorkeeper = Doorkeeper(self._context, self._socket, self._loop, services.rejections, allowed)
         try:
@@ -178,7 +187,8 @@ class Server:
             self._close_socket()
             raise
         self._hub.adopt()
-        self._links.adopt()
+        if links_path(self._config.bind).exists():
+            self._with_links().adopt()
         self._fd = int(self._socket.get(zmq.FD))
         self._loop.add_reader(self._fd, self._drain_socket)
         self._loop.call_soon(self._drain_socket)
@@ -199,7 +209,8 @@ class Server:
         while not self._stop.is_set():
             self._hub.tick()
             self._doorkeeper.look()
-            self._links.tick()
+            if self._links is not None:
+                self._links.tick()
             self._drain_socket()
             self._notifier.alive(self._loop.time())
             if self._config.embedded and self._unneeded():
@@ -214,7 +225,8 @@ class Server:
 
     async def _shutdown(self) -> None:
         await self._hub.drain()
-        self._links.close(for_good=self._hub.quiet)
+        if self._links is not None:
+            self._links.close(for_good=self._hub.quiet)
         if self._eyes is not None:
             await self._eyes.close()
         self._loop.remove_reader(self._fd)
@@ -235,7 +247,9 @@ class Server:
         now_s = self._loop.time()
         if self._last_message_s is None and now_s - self._started_s < _UNUSED_S:
             return False
-        return self._hub.quiet and self._links.quiet and now_s - (self._last_message_s or self._started_s) > _QUIET_S
+        if self._links is not None and not self._links.quiet:
+            return False
+        return self._hub.quiet and now_s - (self._last_message_s or self._started_s) > _QUIET_S
 
     def _on_signal(self, number: int) -> None:
         if self._signal is not None:  # the second one does not wait for commits
@@ -275,7 +289,7 @@ class Server:
             return
         try:
             if isinstance(message, LeadWanted):
-                self._links.want(identity, message)
+                self._with_links().want(identity, message)
             else:
                 self._hub.receive(identity, message)
         except Exception as error:  # one message, whatever is in it, must not end the saver for all other ranks
@@ -284,7 +298,7 @@ class Server:
             self._services.reject(identity, "internal", f"a {name} could not be handled: {error!r}")
 
     def _send(self, identity: bytes, message: FromSaver) -> None:
-        if self._links.tell(identity, message):
+        if self._links is not None and self._links.tell(identity, message):
             return
         try:
             self._socket.send(identity, _AT_ONCE_AND_MORE)
