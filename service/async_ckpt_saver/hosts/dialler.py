@@ -36,7 +36,8 @@ from .link_words import (
 
 log = logging.getLogger(__name__)
 
-PIECE_LANES = 2
+PIECE_LANES = 1
+CURVE_PIECE_LANES = 2  # ZeroMQ encrypts a connection in one thread
 _TICK_S = 1.0
 _AT_A_TURN = 64
 _HEARTBEAT_MS = 2000
@@ -98,7 +99,8 @@ class Dialler:
         self._lead, self._host, self._name = lead, host, name
         self._loop, self._events, self._now_s = loop, events, now_s
         reuse_large_blocks()
-        self._context = zmq.Context(PIECE_LANES)
+        self._piece_lanes = CURVE_PIECE_LANES if self.encrypted else PIECE_LANES
+        self._context = zmq.Context(self._piece_lanes)
         self._ends: list[_End] = []
         self._heard_s = now_s()
         self._next = 0
@@ -144,7 +146,7 @@ class Dialler:
         self._hang_up()
         self._session = secrets.token_bytes(16)
         self._incarnation = ""
-        for lane in range(1 + PIECE_LANES):
+        for lane in range(1 + self._piece_lanes):
             socket = self._context.socket(zmq.DEALER)
             socket.set(zmq.IDENTITY, self._session + bytes([lane]))
             socket.set(zmq.RCVHWM, 0)
