@@ -85,10 +85,10 @@ def both_savers_are_killed(folder: Path, trials: int) -> None:
 
 
 def ranks_of_a_host_are_killed(folder: Path) -> None:
-    """They had staged their part: their saver hands it over without them."""
+    """They had staged their part: their saver offers it, is asked for it, and hands it over without them."""
     with _wired(folder) as (cluster, wire), _job(cluster, wire, "saves_alone", 2) as job:
         _committed(folder, 1)
-        wire.hold_after(_PIECES_BYTES // 2)
+        wire.hold_after(0)
         tell(folder, 2)
         all_reach(job, "staged-2")
         wire.until_held()
