@@ -142,7 +142,8 @@ class Hosts:
                 log.warning("the keys of this attach stay in the job's store: %s", error)
 
     def all_see(self, checkpoint: Location, timeout_s: float) -> None:
-        """Return when every rank sees `checkpoint`. Raises CheckpointError, on every rank, if one of them does not."""
+        """Return when every rank sees `checkpoint`. Raises CheckpointError, on every rank, if one of them does not, or
+        wants another one: a rank that looks for the newest by itself may look a moment earlier than the others."""
         self._looks += 1
         blind = self._blind(checkpoint)
         if self._board is None:
@@ -150,15 +151,17 @@ class Hosts:
                 raise CheckpointError(blind)
             return
         key = f"restore-{self._looks}"
+        alike = _text(f"{key}-of-{checkpoint.name}")
         if blind:
             self._board.put(f"{key}-blind", _text(blind).encode())
+        self._board.count(alike, 1)
         seen = self._board.count(key, 0 if blind else 1)
         deadline_s = time.monotonic() + timeout_s + _VISIBLE_S
         while True:
             if (reason := self._board.look(f"{key}-blind")) is not None:
                 raise CheckpointError(blind or reason.decode())
             if seen >= self._topology.world:
-                return
+                break
             if time.monotonic() > deadline_s:
                 raise CheckpointError(
                     f"{seen} of {self._topology.world} ranks have come to restore {checkpoint} within {timeout_s:g} s: "
@@ -166,6 +169,11 @@ class Hosts:
                 )
             time.sleep(_POLL_S)
             seen = self._board.count(key)
+        if (same := self._board.count(alike)) != seen:
+            raise CheckpointError(
+                f"{same} of {seen} ranks want to restore {checkpoint.name}, this one too, and the others another "
+                f"checkpoint: give all of them the same step, or 'latest'"
+            )
 
     # --- rank 0 ----------------------------------------------------------------------------------------------------
 

@@ -269,6 +269,27 @@ def test_a_checkpoint_that_one_rank_does_not_see_is_refused_by_all(
         assert list(pool.map(lambda rank: ranks[rank].all_see(checkpoint, 30.0), range(4))) == [None] * 4
 
 
+def test_ranks_that_want_different_checkpoints_are_told_so(store: Any, checkpoint: Path) -> None:
+    """As when each has looked for the newest one by itself, while it was being committed."""
+    later = checkpoint.with_name("checkpoint-6")
+    later.mkdir()
+    (later / "async_ckpt.json").write_text("{}")
+    ranks = [one(rank, store) for rank in range(4)]
+
+    def look(rank: int) -> str:
+        try:
+            ranks[rank].all_see(checkpoint if rank == 3 else later, 30.0)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(look, range(4)))
+    assert said[0] == said[1] == said[2]
+    assert "3 of 4 ranks want to restore checkpoint-6" in said[0]
+    assert "1 of 4 ranks want to restore checkpoint-5" in said[3]
+
+
 def test_a_checkpoint_may_become_visible_late(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = checkpoint.rename(checkpoint.with_name("hidden"))
     naps: list[float] = []

@@ -18,7 +18,7 @@ from async_ckpt.attaching import attach
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.location import local_path
 from async_ckpt.core.manifest import MANIFEST_NAME, parse_step
-from async_ckpt.core.slots import SHM, RunRecord, SlotPaths, StateFile
+from async_ckpt.core.slots import SHM, Phase, RunRecord, SlotPaths, StateFile
 from async_ckpt.plan import DEFAULT_ADAPTER
 
 _COMMIT_S = 10.0
@@ -64,14 +64,24 @@ def wait_for_staged(directory: str | Path) -> None:
 def _awaits_commit(directory: str) -> bool:
     for journal in SHM.glob(f"async-ckpt-{os.getuid()}/*/run.msgpack"):
         with contextlib.suppress(OSError, ValueError, CheckpointError):  # the run may end while we look
-            options = msgspec.msgpack.decode(journal.read_bytes(), type=RunRecord).options
-            if options.directory == directory:
-                for index in range(options.slots):
+            record = msgspec.msgpack.decode(journal.read_bytes(), type=RunRecord)
+            if record.options.directory == directory:
+                for index in range(record.options.slots):
                     with contextlib.closing(StateFile(SlotPaths(journal.parent, index).state)) as state:
-                        step = state.complete_step()
+                        step = _staged_step(state, record)
                         if step is not None and step > state.settled_step:
                             return True
     return False
+
+
+def _staged_step(state: StateFile, record: RunRecord) -> int | None:
+    """The step that all ranks have staged, as far as this host knows: cells of other hosts' ranks stay empty where a
+    saver relays."""
+    if record.lead is None:
+        return state.complete_step()
+    cells = [state.cell(peer.rank) for peer in record.peers]
+    steps = {cell.step for cell in cells}
+    return steps.pop() if len(steps) == 1 and all(cell.phase is Phase.STAGED for cell in cells) else None
 
 
 def files_written(write: Callable[[Path], object]) -> dict[str, bytes]:
