@@ -1,8 +1,8 @@
 """A slow wire: `proxy.py HOST PORT TO_HOST TO_PORT DELAY_S FOLDER`. Run as a script, it imports the standard library.
 
 Every chunk arrives DELAY_S later than it would. FOLDER/order holds a number: of what clients have sent, no more bytes
-than that pass, and FOLDER/held is there once more would; what is held is lost with its sender. FOLDER/passed says how
-many have passed.
+than that pass, and FOLDER/held is there once more would; what is held is lost with its sender, and FOLDER/lost is there
+then. FOLDER/passed says how many have passed.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Proxy:
             if room > 0:
                 return room
             if reading.done():
+                (self._folder / "lost").touch()
                 raise ConnectionResetError
             (self._folder / "held").touch()
             await asyncio.sleep(_LOOK_S)

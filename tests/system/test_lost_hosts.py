@@ -56,6 +56,8 @@ def a_saver_is_killed(folder: Path, which: int, trials: int) -> None:
             assert not (folder / f"run/checkpoint-{number}").exists()
             killed.append(cluster.hosts[which].the_saver())
             os.kill(killed[-1], signal.SIGKILL)
+            if which == 1:
+                wire.until_lost()
             wire.let_go()
             all_reach(job, f"trained-{number}")
             _committed(folder, number)
@@ -77,6 +79,7 @@ def both_savers_are_killed(folder: Path, trials: int) -> None:
             wire.until_held()
             for pid in [host.the_saver() for host in cluster.hosts]:
                 os.kill(pid, signal.SIGKILL)
+            wire.until_lost()
             wire.let_go()
             _committed(folder, number)
         job.wait()

@@ -40,11 +40,16 @@ class Proxy:
 
     def hold_after(self, bytes_more: int) -> None:
         """Nothing that relays send passes any more once so many bytes have, from now on. Answers pass."""
-        (self._folder / "held").unlink(missing_ok=True)
+        for name in ("held", "lost"):
+            (self._folder / name).unlink(missing_ok=True)
         self._order(str(self.passed() + bytes_more))
 
     def until_held(self) -> None:
         until((self._folder / "held").exists, "the proxy holds what a relay sends")
+
+    def until_lost(self) -> None:
+        """The sender of what is held is gone, and its bytes with it."""
+        until((self._folder / "lost").exists, "the proxy drops what a dead relay had sent")
 
     def let_go(self) -> None:
         self._order("")
