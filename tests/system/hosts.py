@@ -143,6 +143,11 @@ class Host:
     def the_saver(self) -> int:
         return until(lambda: len(found := self.savers()) == 1 and found[0], f"one saver on {self.name}")
 
+    def log(self) -> str:
+        """What its embedded savers have written."""
+        paths = sorted(self.seen(self.tmp).rglob("saver.log"))
+        return "".join(path.read_text(errors="replace") for path in paths)
+
     def in_shared_memory(self) -> list[str]:
         """The runs in its /dev/shm."""
         folder = self.seen(f"/dev/shm/async-ckpt-{os.getuid()}")
@@ -202,12 +207,7 @@ class Cluster:
 
     def logs(self) -> str:
         """The ends of the logs of all embedded savers."""
-        found = []
-        for host in self.hosts:
-            if host.alive:
-                for path in sorted(host.seen(host.tmp).rglob("saver.log")):
-                    found.append(f"--- {host.name} {path.parent.name}\n{path.read_text(errors='replace')[-4000:]}")
-        return "\n".join(found)
+        return "\n".join(f"--- {host.name}\n{host.log()[-4000:]}" for host in self.hosts if host.alive)
 
     def cut(self, host: Host, network: str = TRAINING) -> None:
         self._switch_ip("link", "set", _port(network, host), "down")

@@ -96,6 +96,7 @@ def ranks_of_a_host_are_killed(folder: Path) -> None:
         all_reach(job, "staged-2")
         wire.until_held()
         job.kill(1)
+        until(lambda: "is gone" in cluster.hosts[1].log(), "the relay's notice of the death")
         assert not (folder / "run/checkpoint-2").exists()
         wire.let_go()
         until(lambda: job.statuses[0] is not None, "rank 0's end")
