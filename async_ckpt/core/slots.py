@@ -39,6 +39,7 @@ from .protocol import Lead, Options, Process, SaveRecord, Started, decode_stored
 
 SHM = Path("/dev/shm")
 _CELL = struct.Struct("<QqdQ")  # phase, step, copy_s, xxh64 of the three
+_PHASE_AND_STEP = struct.Struct("<Qq")
 _CELL_BYTES = 64  # a cache line a rank: neighbours do not slow each other down
 _HEADER = struct.Struct("<8sQq")  # magic, world, the step up to which all outcomes of this slot were told
 _MAGIC = b"ackptst1"
@@ -52,6 +53,10 @@ class Phase(enum.IntEnum):
     EMPTY = 0
     WRITING = 1
     STAGED = 2
+
+
+_PHASES = tuple(Phase)  # to call an enum takes as long as all else that is done for a cell
+_STAGED = int(Phase.STAGED)
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -137,7 +142,13 @@ class StateFile:
         phase, step, copy_s, check = _CELL.unpack_from(self._map, offset)
         if check != xxhash.xxh64_intdigest(self._map[offset : offset + _CELL.size - 8]) or phase > Phase.STAGED:
             return _EMPTY
-        return Cell(Phase(phase), step, copy_s)
+        return Cell(_PHASES[phase], step, copy_s)
+
+    def staged_between(self, rank: int, after: int, before: int) -> bool:
+        """Whether there may be a cell that says STAGED with such a step: unlike `cell` it believes what it reads, at a
+        tenth of the time."""
+        phase, step = _PHASE_AND_STEP.unpack_from(self._map, (rank + 1) * _CELL_BYTES)
+        return bool(after < step < before and phase == _STAGED)
 
     @property
     def settled_step(self) -> int:

@@ -99,7 +99,7 @@ class Hub:
         if isinstance(message, StatusWanted):
             self._services.send(identity, Status(report=encode_status(self.status())))
             return
-        if isinstance(message, Register | Refuse):
+        if isinstance(message, (Register, Refuse)):  # `|` makes a new object for each message
             self._admit(identity, message)
             return
         self._watch.seen(identity)

@@ -45,6 +45,11 @@ from .writer import CommitResult
 
 log = logging.getLogger(__name__)
 
+# Made once: `|` makes a new object each time, which takes longer than to look for a class in it.
+_REPORTS = (Staged, Skipped, Failed)
+_TO_ACKNOWLEDGE = (*_REPORTS, Bye)
+_OTHER_WORDS = (Ping, Ready, Bye, Promise)
+
 
 class LiveRun:
     """`ownership` answers the registrations; None for a run that an earlier saver granted. `newest` is asked, in a
@@ -176,12 +181,14 @@ class LiveRun:
         elif isinstance(message, Bye):
             self._closed.add(rank)
             self._leave(rank, "closed its checkpointer")
-        if isinstance(message, Staged | Skipped | Failed | Bye):
+        if isinstance(message, _TO_ACKNOWLEDGE):
             self._send(rank, Ack(seq=message.seq))
 
     def _catch_up(self, rank: int, step: int) -> None:
         """What `rank` has staged before `step` is in its cells. Its word of it may come later, if at all: what was sent
         to a saver that died is said again, after what was said since."""
+        if not any(state.staged_between(rank, state.settled_step, step) for state in self.image.states):
+            return
         for cell in self.image.staged_cells(rank):
             told = self.image.states[cell.slot].settled_step
             if told < cell.step < step and self._machine.settled(cell.step) is None:
@@ -189,12 +196,12 @@ class LiveRun:
 
     def _senseless(self, message: FromRank) -> str | None:
         """Why no rank of this run can have meant it."""
-        if isinstance(message, Staged | Skipped | Failed):
+        if isinstance(message, _REPORTS):
             if not self.started:
                 return f"step {message.step} before the run has started"
             if message.slot >= len(self.image.slots):
                 return f"slot {message.slot} of {len(self.image.slots)}"
-        elif not isinstance(message, Ping | Ready | Bye | Promise):
+        elif not isinstance(message, _OTHER_WORDS):
             return f"a {type(message).__name__} of a rank that was granted its run"
         return None
 

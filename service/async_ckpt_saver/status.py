@@ -163,7 +163,7 @@ class Chronicle:
         """A rank said something."""
         now_s = self.now_s()
         self.heard_s[rank] = now_s
-        if not isinstance(message, Staged | Skipped | Failed):
+        if not isinstance(message, (Staged, Skipped, Failed)):  # `|` makes a new object for each message
             return
         save = self._save(message.step, message.slot, now_s)
         if save.settled is not None:
