@@ -65,6 +65,8 @@ def _stalls(ways: dict[str, Summary], main: dict[str, Any]) -> Iterator[Verdict]
 
 
 def _more_tensors(ways: dict[str, Summary], more: dict[str, Summary]) -> Iterator[Verdict]:
+    few, many = ways[OVERLAP].call_s.median, more[OVERLAP].call_s.median
+    yield _ratio("save call, 4x the tensors", many, few, 1.3, ("2240 tensors", "560"))
     few, many = ways[OVERLAP].stall_s.median, more[OVERLAP].stall_s.median
     yield _ratio("call + fence wait, 4x the tensors", many, few, 1.3, ("2240 tensors", "560"))
 

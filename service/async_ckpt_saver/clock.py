@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-_STEP_S = 2.0  # the loop ticks every half second
+_STEP_S = 2.0  # the loop ticks once a second at least
 
 
 class RunningClock:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TICK_S = 0.5  # also what limits how short WatchdogSec= may be: 2 s, or half of it is not told in time
+_TICK_S = 1.0  # while ranks are served and nobody waits for us: each time costs half a millisecond, cold
+_SHORT_TICK_S = 0.5  # also what limits how short WatchdogSec= may be: 2 s, or half of it is not told in time
 # Plain numbers: combining flags costs more than sending a message.
 _AT_ONCE = int(zmq.NOBLOCK)
 _RCVMORE = int(zmq.RCVMORE)
@@ -210,22 +211,27 @@ class Server:
         log.info("http://%s/ shows what goes on", await self._eyes.start())
 
     async def _main_loop(self) -> None:
-        while not self._stop.is_set():
-            self._hub.tick()
-            self._doorkeeper.look()
-            if self._links is not None:
-                self._links.tick()
-            self._drain_socket()
-            self._notifier.alive(self._loop.time())
-            if self._config.embedded and self._unneeded():
-                log.info("nobody needs this saver any more")
-                return
-            if self._signal is not None and self._may_end():
-                return
-            try:
-                await asyncio.wait_for(self._stop.wait(), _TICK_S)
-            except asyncio.TimeoutError:
-                continue
+        stop = self._loop.create_task(self._stop.wait())
+        try:
+            while not stop.done():
+                self._hub.tick()
+                self._doorkeeper.look()
+                if self._links is not None:
+                    self._links.tick()
+                self._drain_socket()
+                self._notifier.alive(self._loop.time())
+                if self._config.embedded and self._unneeded():
+                    log.info("nobody needs this saver any more")
+                    return
+                if self._signal is not None and self._may_end():
+                    return
+                await asyncio.wait((stop,), timeout=self._tick_s())
+        finally:
+            stop.cancel()
+
+    def _tick_s(self) -> float:
+        calm = self._signal is None and self._notifier.watchdog_s is None and not self._hub.quiet
+        return _TICK_S if calm else _SHORT_TICK_S
 
     async def _shutdown(self) -> None:
         await self._hub.drain()
