@@ -38,12 +38,17 @@ class Tiers:
         or if the first one has no checkpoint to go on from."""
         undo = self.first.prepare()
         try:
-            if self.second is not None:
-                self._reach(self.second, self.second.prepare)
+            undo_second = self._reach(self.second, self.second.prepare) if self.second is not None else None
         except BaseException:
             undo()
             raise
-        return undo
+
+        def undo_both() -> None:
+            undo()
+            if undo_second is not None:
+                undo_second()
+
+        return undo_both
 
     def newest(self) -> tuple[int, str] | None:
         """Step and path of the newest checkpoint of both; of equal ones that of the first."""

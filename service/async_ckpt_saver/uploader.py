@@ -66,6 +66,7 @@ class Uploader:
         self._timeout_s = 600.0
         self._comparing = False  # what both tiers hold has to be compared
         self._compared = False
+        self._incomparable = False  # the last try failed: again after the next commit
         self._retaining = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -84,7 +85,7 @@ class Uploader:
         """`step` was committed to the first tier."""
         self._queue.add(step)
         self._chronicle.committed(step)
-        self._comparing = self._comparing or not self._compared
+        self._comparing, self._incomparable = self._comparing or self._incomparable, False
         self._wake()
 
     def ended(self, step: int) -> Uploaded | None:
@@ -170,7 +171,7 @@ class Uploader:
         try:
             there, missing = await self._services.in_upload_thread(self._difference)
         except (OSError, CheckpointError) as error:
-            self._compared = False  # after the next commit, then
+            self._incomparable = True
             log.error("%s and %s cannot be compared: %s", self._directory, self.url, error)
             return
         self._compared = True
@@ -248,13 +249,18 @@ class Uploaders:
         return all(each.idle for each in self._uploaders.values())
 
     def of(self, options: Options) -> Uploader | None:
-        """The one of a run, which begins or is gone on with; None if it names no second tier."""
+        """The one of a run, which begins or is gone on with; None if it names no second tier, or one outside the roots
+        that a restarted saver was given: what the run has staged is committed all the same."""
         if not options.upload_to:
             return None
         url = str(location_of(options.upload_to))
         self._uploaders = {name: each for name, each in self._uploaders.items() if name == url or not each.idle}
         if url not in self._uploaders:
-            self._uploaders[url] = Uploader(self._services, self._directory, url, self._tell)
+            try:
+                self._uploaders[url] = Uploader(self._services, self._directory, url, self._tell)
+            except CheckpointError as error:
+                log.error("nothing of %s is uploaded: %s", self._directory, error)
+                return None
         self._uploaders[url].serve(options)
         return self._uploaders[url]
 
