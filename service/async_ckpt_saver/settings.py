@@ -145,7 +145,7 @@ GRACE = Setting(
     "a number of seconds, at least 0",
     25.0,
     "SECONDS",
-    "after SIGTERM, serve ranks that are alive so long, for their last checkpoint",
+    "after SIGTERM, serve ranks that are alive, and upload, so long",
 )
 LEASE = Setting(
     "lease_s",

@@ -56,6 +56,8 @@ STAGED = {"type": "Staged", "seq": 1, "slot": 0, "step": 1, "copy_s": 0.0}
         *((msgspec.msgpack.encode(STAGED | {key: cap}), msgspec.msgpack.encode(STAGED | {key: cap + 1}))
           for key, cap in (("slot", limits.MAX_SLOTS - 1), ("step", limits.MAX_STEP), ("seq", limits.MAX_SEQUENCE))),
         (encode(Ping(unsettled=[1] * limits.MAX_UNSETTLED)), encode(Ping(unsettled=[1] * (limits.MAX_UNSETTLED + 1)))),
+        (encode(Ping(unsettled=[], not_uploaded=[1] * limits.MAX_UNSETTLED)),
+         encode(Ping(unsettled=[], not_uploaded=[1] * (limits.MAX_UNSETTLED + 1)))),
     ],
 )  # fmt: skip
 def test_fields_of_messages(at_the_cap: bytes, beyond: bytes) -> None:

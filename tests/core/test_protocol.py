@@ -24,7 +24,7 @@ from async_ckpt.core.protocol import (
 
 
 def test_messages_survive_the_wire() -> None:
-    for message in (Staged(seq=1, slot=0, step=2, copy_s=0.5), Bye(seq=3), Ping(unsettled=[1, 2])):
+    for message in (Staged(seq=1, slot=0, step=2, copy_s=0.5), Bye(seq=3), Ping(unsettled=[1], not_uploaded=[2])):
         assert decode_from_rank(encode(message)) == message
     for answer in (Ack(seq=1), Pong(incarnation="x", known=True), Settled(step=1, slot=0, outcome="failed")):
         assert decode_from_saver(encode(answer)) == answer

@@ -87,7 +87,7 @@ def real_messages(directory: Path) -> Iterator[FromRank]:
         yield Staged(seq=seq, slot=slot, step=seq, copy_s=0.1)
     yield Skipped(seq=3, slot=0, step=3, reason="busy")
     yield Failed(seq=4, slot=1, step=4, reason="no room")
-    yield Ping(unsettled=[1, 2, 3])
+    yield Ping(unsettled=[1, 2, 3], not_uploaded=[1, 4])
     yield Bye(seq=5)
     yield LayoutSent(layout=LAYOUT)
     yield Refuse(options=pair, job="other", rank=1, process=me, reason="no adapter")
