@@ -235,8 +235,8 @@ class Desk:
         """What the machine may refuse: the directory, shared memory."""
         record = record_of(registration, grant)
         try:
-            far = self._services.storage(self.directory).far or bool(record.options.upload_to)
-            image, undo = await self._services.in_thread(lambda: self._prepare(record, grant, registration), far=far)
+            storage = self._services.storage(self.directory)
+            image, undo = await self._services.in_thread(lambda: self._prepare(record, grant, registration), storage)
         except Exception as error:
             if not isinstance(error, CheckpointError):
                 log.exception("cannot open a run in %s", self.directory)

@@ -233,7 +233,7 @@ class Hub:
         lead = image.record.lead
         if lead is not None and self._services.dial is None:
             raise CheckpointError("it is another host's, and this saver relays to nobody")
-        if lead is None and not self._services.roots.covers(str(location_of(image.directory).resolve())):
+        if lead is None and not self._services.roots.covers(image.directory):
             raise CheckpointError(f"{image.directory} is outside the root {self._services.roots}")
         log.info("found run %s of %s", image.path, image.directory)
         desk = self._desk(image.directory, lead)

@@ -31,6 +31,7 @@ from async_ckpt.core.protocol import (
 from async_ckpt.core.slots import Peer
 
 from .coverage import Ownership
+from .early import EarlyWords
 from .image import RunImage
 from .memory import give_back
 from .preemption import Action as Word
@@ -84,6 +85,7 @@ class LiveRun:
         self._chronicle = Chronicle(services.loop.time, lambda save: services.on_settled(save))
         self._trace = RunTrace(lambda traced: self._send(0, traced)) if image.record.trace else None
         self._agreement = Agreement(image.record.options.world)
+        self._early: EarlyWords | None = None
         self._ready: set[int] = set()
         self._closed: set[int] = set()
         self._ended = False
@@ -131,13 +133,18 @@ class LiveRun:
 
     def recover(self) -> None:
         """Take up what an earlier saver left: the journal is what the ranks had said, the disk what it had done."""
-        if self._storage.far:  # the other runs of this saver do not wait for a network
-            self._services.spawn(self._recover_far())
-        else:
-            self._take_up(self._committed_before())
+        self._early = EarlyWords(self._machine.world)
+        self._services.spawn(self._recover())
 
-    async def _recover_far(self) -> None:
-        self._take_up(await self._services.in_thread(self._committed_before, far=True))
+    async def _recover(self) -> None:
+        known = await self._services.in_thread(self._committed_before, self._storage)
+        self._take_up(known)
+        early, self._early = self._early, None
+        for rank, message in early.kept if early is not None else ():
+            if message is None:
+                self.died(rank)
+            else:
+                self.receive(rank, message)
         self._maybe_end()
 
     def _committed_before(self) -> list[Committed]:
@@ -155,6 +162,8 @@ class LiveRun:
         self._perform(self._machine.take_up(self.image.staged_cells(), told))
 
     def receive(self, rank: int, message: FromRank) -> None:
+        if self._early is not None and self._early.keep(rank, message):
+            return
         senseless = self._senseless(message)
         if senseless is None:
             self._chronicle.heard(rank, message)
@@ -207,6 +216,8 @@ class LiveRun:
 
     def died(self, rank: int) -> None:
         """The kernel says so. Messages of a dead process may be lost: its cells in the journal are what it said."""
+        if self._early is not None and self._early.keep(rank, None):
+            return
         log.info("rank %d of %s is gone", rank, self.image.directory)
         for cell in self.image.staged_cells(rank):
             self._perform(self._machine.report(rank, cell.slot, cell.step, "staged"))
@@ -244,7 +255,7 @@ class LiveRun:
     async def _start(self) -> None:
         """The same newest checkpoint goes to every rank, so that all of them restore the same one."""
         try:
-            resume = await self._services.in_thread(self._newest, far=self._storage.far or self._uploader is not None)
+            resume = await self._services.in_thread(self._newest, self._storage)
             if self.abandoned:
                 return
             started = Started(resume=resume, newest_step=resume.step if resume is not None else None)
@@ -296,7 +307,7 @@ class LiveRun:
                 with trace.committing():
                     return self._storage.commit_once(job, lambda: still_whole() == order.step, trace.mark)
 
-            result = await self._services.in_thread(commit, far=self._storage.far)
+            result = await self._services.in_thread(commit, self._storage)
         except Exception as error:  # whatever it is, training and the next save go on
             self._chronicle.commit_failed(order.step, error)
             if not isinstance(error, CheckpointError):
@@ -333,7 +344,7 @@ class LiveRun:
             if self._uploader is not None:
                 await self._uploader.retain(retain)
             else:
-                await self._services.in_thread(retain, far=self._storage.far)
+                await self._services.in_thread(retain, self._storage)
         except (OSError, CheckpointError) as error:
             log.error("retention in %s failed: %s", self.image.directory, error)
 

@@ -25,11 +25,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class _Threads:
+    """Of one directory: for a commit, the retention after the one before it, jobs that attach. More work waits."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="storage")
+        self.used = 0
+
+
 @dataclass
 class Services:
     """`send(identity, message)` never blocks. `root`, one directory or several places, bounds every write to storage.
-    `incarnation` is new with every
-    start of the saver on `endpoint`. Storage is touched in the pool's threads only, so a stuck disk stops no message.
+    `incarnation` is new with every start of the saver on `endpoint`. Storage is touched in threads only, so a stuck
+    disk stops no message; each directory has threads of its own (`threads`), so it stops no other directory either.
 
     `relayed_bytes` came from savers of other hosts. `dial` makes a way to a lead, for ranks whose job has it elsewhere.
 
@@ -56,8 +64,9 @@ class Services:
     dial: Callable[[Lead, LinkEvents], Link] | None = None
     hosts: Callable[[], list[HostStatus]] = list
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    threads: dict[str, _Threads] = field(default_factory=dict)
     _pool: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="storage")
+        default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="work")
     )
     _far_pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=16, thread_name_prefix="far")
@@ -90,10 +99,21 @@ class Services:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def in_thread(self, work: Callable[[], T], *, far: bool = False) -> T:
-        """`far`: it waits for a network, as `Storage.far` says. Such work has threads of its own, so that a store that
-        does not answer keeps no directory of this host waiting."""
-        return await self.loop.run_in_executor(self._far_pool if far else self._pool, work)
+    async def in_thread(self, work: Callable[[], T], at: Storage | None = None) -> T:
+        """`at`: what it waits for, and that may never answer. A directory of this host has threads of its own while
+        there is work on it; what waits for a network shares some, and so does what only computes."""
+        if at is None:
+            return await self.loop.run_in_executor(self._pool, work)
+        if at.far:
+            return await self.loop.run_in_executor(self._far_pool, work)
+        threads = self.threads.setdefault(at.directory, _Threads())
+        threads.used += 1
+        try:
+            return await self.loop.run_in_executor(threads.pool, work)
+        finally:
+            threads.used -= 1
+            if not threads.used and self.threads.pop(at.directory, None) is not None:
+                threads.pool.shutdown(wait=False)
 
     async def in_upload_thread(self, work: Callable[[], T]) -> T:
         return await self.loop.run_in_executor(self._upload_pool, work)

@@ -101,13 +101,13 @@ class Uploader:
         OSError and CheckpointError."""
         async with self._retaining:
             if len(self._queue.queued) > 1:
-                wanted = await self._services.in_thread(self._wanted)
+                wanted = await self._services.in_thread(self._wanted, self._first)
                 for ended in self._queue.trim(wanted):
                     log.warning("step %d of %s is not uploaded: %s", ended.step, self._directory, ended.reason)
                     self._chronicle.dropped(ended.step, ended.reason)
                     self._tell(self._message(ended))
             held = self._queue.held
-            await self._services.in_thread(lambda: remove(held))
+            await self._services.in_thread(lambda: remove(held), self._first)
 
     def status(self) -> UploadStatus:
         return self._chronicle.status(self._directory, self.url, self._queue.uploading, self._queue.queued)

@@ -6,6 +6,8 @@ import asyncio
 import threading
 from pathlib import Path
 
+from async_ckpt.core.location import location_of
+from async_ckpt_saver.roots import Roots
 from async_ckpt_saver.services import Services
 
 
@@ -13,15 +15,16 @@ def test_a_store_that_does_not_answer_keeps_no_directory_waiting(tmp_path: Path)
     async def scenario() -> None:
         services = Services(
             endpoint="e",
-            root=tmp_path,
+            root=Roots([tmp_path, location_of("s3://bucket")]),
             incarnation="i",
             send=lambda identity, message: None,
             loop=asyncio.get_running_loop(),
         )
-        release = threading.Event()
-        stuck = [asyncio.ensure_future(services.in_thread(release.wait, far=True)) for _ in range(40)]
+        store, release = services.storage("s3://bucket/run"), threading.Event()
+        assert store.far
+        stuck = [asyncio.ensure_future(services.in_thread(release.wait, store)) for _ in range(40)]
         await asyncio.sleep(0)
-        near = services.in_thread(lambda: threading.current_thread().name)
+        near = services.in_thread(lambda: threading.current_thread().name, services.storage(str(tmp_path)))
         assert (await asyncio.wait_for(near, 30)).startswith("storage")
         assert not any(each.done() for each in stuck)
         release.set()
