@@ -322,7 +322,7 @@ class LiveRun:
                 bytes=result.bytes,
                 write_s=result.write_s,
                 commit_s=result.commit_s,
-                reason="" if result.latest_moved else "`latest` could not be moved to it",
+                reason=result.notice if result.latest_moved else "`latest` could not be moved to it",
             )
             if self._uploader is not None:
                 self._uploader.add(order.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import msgspec
 
 from async_ckpt.core import manifest
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.manifest import checkpoint_name
 from async_ckpt.core.retention_policy import Policy
 
 from .datafile import StepHook
@@ -23,6 +25,8 @@ from .retention import apply_policy
 from .storage import Committed
 from .temporaries import probe
 from .writer import CommitJob, CommitResult, sweep
+
+log = logging.getLogger(__name__)
 
 
 class LocalStorage:
@@ -36,6 +40,7 @@ class LocalStorage:
     def __init__(self, directory: str, root: Path) -> None:
         self.directory = directory
         self._root = root
+        self._newest: str | None = None  # what this run has committed last
 
     def prepare(self) -> Callable[[], None]:
         undo = prepare_directory(Path(self.directory), self._root)
@@ -55,8 +60,15 @@ class LocalStorage:
         self, job: CommitJob, still_whole: Callable[[], bool], step_hook: StepHook = lambda name: None
     ) -> CommitResult:
         with below_root(self.directory, self._root) as place:
+            lost = self._newest is not None and not os.path.lexists(os.path.join(place, self._newest))
             result = commit_once(msgspec.structs.replace(job, directory=place), still_whole, step_hook)
-        return msgspec.structs.replace(result, path=job.final)
+        notice = ""
+        if lost:  # the path counts, whatever it means by now; but one run in two places must not go unnoticed
+            notice = (f"{self._newest}, which this run committed before it, is not in {self.directory} any more: that "
+                      f"was renamed or removed")  # fmt: skip
+            log.error("%s", notice)
+        self._newest = checkpoint_name(job.step)
+        return msgspec.structs.replace(result, path=job.final, notice=notice)
 
     def newest(self) -> tuple[int, str] | None:
         path = manifest.latest(self.directory)
@@ -69,6 +81,7 @@ class LocalStorage:
             content = manifest.read_manifest(path)
             if content.run == run:
                 found.append(Committed(step, str(path), content.total_bytes))
+                self._newest = path.name
         return found
 
     def retain(self, policy: Policy, held: Collection[int] = ()) -> None:

@@ -81,6 +81,7 @@ class CommitResult(msgspec.Struct, frozen=True):
     `bytes` counts its files, the manifest left out. `write_s` is the time to write and sync them, `commit_s` that of
     manifest, directories, rename and `latest`. `direct`: every large file bypassed the page cache, and there was one.
     `latest_moved` is False if the symbolic link could not be updated, which is logged and harms no reader of ours.
+    `notice` is something else that whoever saved it should know.
     """
 
     path: str
@@ -89,6 +90,7 @@ class CommitResult(msgspec.Struct, frozen=True):
     commit_s: float
     direct: bool
     latest_moved: bool = True
+    notice: str = ""
 
 
 class CommitError(CheckpointError):
