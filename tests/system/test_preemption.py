@@ -222,6 +222,15 @@ def trained_by_torchrun(folder: str) -> None:
 
 def torchrun_is_told(folder: Path) -> None:
     """Its agent passes the signal on, and kills what has not ended after 30 s; the saver is nobody it knows."""
+    _torchrun(folder, signal.SIGTERM)
+
+
+def torchrun_is_told_by_slurm(folder: Path) -> None:
+    """SIGUSR1 is passed on like SIGTERM if torchrun is told to handle it; it would end the agent at once else."""
+    _torchrun(folder, signal.SIGUSR1, "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+
+
+def _torchrun(folder: Path, number: int, *options: str) -> None:
     code = f"from tests.system.test_preemption import trained_by_torchrun; trained_by_torchrun({str(folder)!r})"
     folder.mkdir()
     script = folder / "train.py"
@@ -229,14 +238,15 @@ def torchrun_is_told(folder: Path) -> None:
     log = folder / "torchrun.log"
     with log.open("wb") as output:
         agent = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)],
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *options,
+             str(script)],
             env=environment(), cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
         until(lambda: all((folder / f"reached-training-{rank}").exists() for rank in range(2))
               or agent.poll() is not None, "ranks in training", 120.0)  # fmt: skip
         saver = the_saver(folder)
-        os.killpg(agent.pid, signal.SIGTERM)  # as a service manager does: the whole group
+        os.killpg(agent.pid, number)  # as a service manager does: the whole group
         agent.wait(60)
     finally:
         if agent.poll() is None:
@@ -296,6 +306,7 @@ SCENARIOS: dict[str, Scenario] = {
         saver_killed_before_it_has_agreed,
         everything_of_a_pod_at_once,
         torchrun_is_told,
+        torchrun_is_told_by_slurm,
         nobody_answers,
     )
 }
