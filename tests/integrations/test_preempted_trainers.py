@@ -158,6 +158,9 @@ def fit_until_told(folder: str, kind: str) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
     last = module.trainer.global_step
     assert module.validated == (last - 1 if kind == "validating" else 0)
+    if kind == "epochs":  # which are counted when they are over
+        state = json.loads((Path(folder) / f"run/checkpoint-{last}/training_state/training_state.json").read_bytes())
+        assert state["scheduler"]["schedulers"][0]["last_epoch"] == last
     report(Path(folder), last, callback.preempted)
 
 
