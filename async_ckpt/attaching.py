@@ -82,6 +82,7 @@ def attach(
     verify_replicas: bool = False,
     preemption: bool = False,
     trace: str | os.PathLike[str] | None = None,
+    replicas: int = 0,
 ) -> Checkpointer:
     """Prepare checkpoints of the PEFT adapter in `model`, or of the whole model if it is a transformers model without
     one; afterwards `save` costs next to nothing.
@@ -112,6 +113,10 @@ def attach(
     Ranks of several hosts make one checkpoint: `directory` is written by rank 0's host alone, and to restore, every
     host has to see it. They find each other by torch.distributed, if it is initialised, or by ASYNC_CKPT_LEAD.
 
+    `replicas` 1: a second host keeps a copy of the newest committed checkpoint in its /dev/shm, so that after the loss
+    of any one host the job that comes back restores from RAM on every rank, and reads no more than the manifest from
+    storage. It takes room for one checkpoint on that host, for two while a newer one arrives.
+
     `files` (path -> bytes, as rank 0 gives them) lie beside the weights in every checkpoint: a tokenizer, a licence.
 
     `preemption`: SIGTERM or SIGUSR1 on any rank means that the job will be ended. All ranks then agree, without a
@@ -127,7 +132,7 @@ def attach(
     """
     places = places_of(directory, tiers)
     path, second = places.first, places.second
-    _check_arguments(slots, when_busy, staging, timeout_s)
+    _check_arguments(slots, when_busy, staging, timeout_s, replicas)
     if weights not in ("auto", "trainable", "all"):
         raise CheckpointError(f"weights={weights!r}: give 'auto', 'trainable' or 'all'")
     if preemption:
@@ -139,8 +144,10 @@ def attach(
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     upload_to = "" if second is None else str(second)
     options = Options(
-        str(path), topology.world, slots, policy, float(timeout_s), verify_replicas, preemption, upload_to
+        str(path), topology.world, slots, policy, float(timeout_s), verify_replicas, preemption, upload_to, replicas
     )
+    if replicas and not topology.spans_hosts and topology.rank == 0:
+        log.warning("replicas=1 protects nothing here: all ranks are on one host, and there is no other to keep a copy")
     endpoint = saver or os.environ.get(_SAVER_VARIABLE)
     if not names:
         raise CheckpointError("adapter_name is empty: name at least one adapter")
@@ -225,7 +232,9 @@ class _Identity:
     lead: Lead | None = None
 
 
-def _check_arguments(slots: int, when_busy: str, staging: str, timeout_s: float) -> None:
+def _check_arguments(slots: int, when_busy: str, staging: str, timeout_s: float, replicas: int) -> None:
+    if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas not in (0, 1):
+        raise CheckpointError(f"replicas={replicas!r}: give 0, or 1 for a copy in the RAM of a second host")
     if not isinstance(slots, int) or isinstance(slots, bool) or not 1 <= slots <= MAX_SLOTS:
         raise CheckpointError(f"slots={slots!r}: give a number from 1 to {MAX_SLOTS}")
     if when_busy not in ("wait", "skip"):

@@ -145,7 +145,7 @@ class Checkpointer:
         if found is None:
             return None
         if self._hosts is not None:
-            self._hosts.all_see(found.path, self._settings.timeout_s)
+            self._hosts.all_see(found.path, self._settings.timeout_s, needed=not found.whole_in_ram)
         self.fence()
         reshard(self._model)
         plan = self._plan if training_state else dataclasses.replace(self._plan, state=None)

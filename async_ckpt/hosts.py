@@ -141,11 +141,12 @@ class Hosts:
             except CheckpointError as error:
                 log.warning("the keys of this attach stay in the job's store: %s", error)
 
-    def all_see(self, checkpoint: Location, timeout_s: float) -> None:
-        """Return when every rank sees `checkpoint`. Raises CheckpointError, on every rank, if one of them does not, or
-        wants another one: a rank that looks for the newest by itself may look a moment earlier than the others."""
+    def all_see(self, checkpoint: Location, timeout_s: float, *, needed: bool = True) -> None:
+        """Return when every rank sees `checkpoint`, or has it in RAM: then it is not `needed` here. Raises
+        CheckpointError, on every rank, if one of them does not, or wants another one: a rank that looks for the newest
+        by itself may look a moment earlier than the others."""
         self._looks += 1
-        blind = self._blind(checkpoint)
+        blind = self._blind(checkpoint) if needed else ""
         if self._board is None:
             if blind:
                 raise CheckpointError(blind)

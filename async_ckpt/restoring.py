@@ -36,6 +36,11 @@ class Found:
     path: Location
     image: Path | None
 
+    @property
+    def whole_in_ram(self) -> bool:
+        """The image has all files of the checkpoint, its manifest too: nothing has to be read from `path`."""
+        return self.image is not None and (self.image / MANIFEST_NAME).exists()
+
 
 def find(checkpoint: str | int | os.PathLike[str], place_of: Callable[[int], Location], slots: Sequence[Slot]) -> Found:
     """The checkpoint of a step, or at a path. Raises CheckpointError if `checkpoint` is neither."""
@@ -56,9 +61,16 @@ def image_of(step: int, slots: Sequence[Slot]) -> Path | None:
 def read(plan: Plan, found: Found, slots: Sequence[Slot]) -> tuple[Manifest, Literal["ram", "disk"]]:
     """Read into everything that `plan` describes, from RAM where that is possible.
 
-    The saver's retention leaves a checkpoint alone while it is read. Raises CheckpointError listing what does not fit;
-    then nothing was changed.
+    From an image that is whole nothing else is read. The saver's retention leaves a checkpoint alone while it is read.
+    Raises CheckpointError listing what does not fit; then nothing was changed.
     """
+    if found.image is not None and found.whole_in_ram:
+        try:
+            description = describe(found.image)
+            OpenCheckpoint(plan, found.image, found.image).read()
+            return description, "ram"
+        except CheckpointError as error:
+            log.warning("the copy in RAM cannot be used (%s); reading %s", error, found.path)
     with reading(found.path):
         return _read(plan, found, slots)
 

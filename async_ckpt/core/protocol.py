@@ -186,11 +186,13 @@ class Granted(_Message, frozen=True):
 
 
 class Resume(msgspec.Struct, frozen=True):
-    """The newest committed checkpoint when the run started; `image` is its slot in RAM if one is still held."""
+    """The newest committed checkpoint when the run started; `image` is where it lies in RAM, if it does. `digest` is
+    that of its manifest, in hex, if hosts keep whole copies of it; "" otherwise."""
 
     step: int
     path: str
     image: str | None
+    digest: str = ""
 
 
 class Started(_Message, frozen=True):

@@ -7,6 +7,7 @@
         slot-0.record-0         rank 0's `SaveRecord` of the step that is in the slot; other ranks' if they have one
         layout.msgpack, share-1  of a run on several hosts: the bytes that rank 1, on another host, owns
     /dev/shm/async-ckpt-<uid>/links-<key>      how a saver listens for those of other hosts
+    /dev/shm/async-ckpt-<uid>/copy-<key>-.../  a whole checkpoint that a saver keeps for other hosts
 
 A rank writes only its own cell, and only in the order WRITING -> copy -> STAGED, so a slot whose cells all say STAGED
 with one step holds that step whole, whoever is still alive to say so.
@@ -271,6 +272,21 @@ def read_journals(endpoint: str) -> Iterator[tuple[Path, RunRecord]]:
 def links_path(endpoint: str) -> Path:
     """Where a saver of `endpoint` notes how it listens for savers of other hosts, with its keys."""
     return shm_root() / f"links-{_endpoint_key(endpoint)}"
+
+
+def new_copy_path(endpoint: str) -> Path:
+    """Where a saver of `endpoint` keeps a whole checkpoint that another host's saver committed."""
+    return shm_root() / f"copy-{_endpoint_key(endpoint)}-{secrets.token_hex(8)}"
+
+
+def copy_paths(endpoint: str) -> list[Path]:
+    """Those that are there, whole or not; what another user owns is none."""
+    found = []
+    for path in sorted(shm_root().glob(f"copy-{_endpoint_key(endpoint)}-*")):
+        info = path.lstat()
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid():
+            found.append(path)
+    return found
 
 
 def _endpoint_key(endpoint: str) -> str:

@@ -65,7 +65,8 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What all ranks of a run must agree on, layout aside. `upload_to`: the second tier, "" for none."""
+    """What all ranks of a run must agree on, layout aside. `upload_to`: the second tier, "" for none. `replicas`: how
+    many hosts besides the lead's keep a whole copy of the newest committed checkpoint in RAM."""
 
     directory: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_DIRECTORY_CHARS)]
     world: int
@@ -75,6 +76,7 @@ class Options(msgspec.Struct, frozen=True):
     verify_replicas: bool = False
     preemption: bool = False
     upload_to: Annotated[str, msgspec.Meta(max_length=MAX_DIRECTORY_CHARS)] = ""
+    replicas: Annotated[int, msgspec.Meta(ge=0, le=1)] = 0
 
 
 class Lead(msgspec.Struct, frozen=True):

@@ -10,7 +10,6 @@ restart of the saver several runs may be found at once: one whose ranks live, an
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from async_ckpt.core.slots import Peer, RunRecord
 
 from .coverage import Ownership
 from .image import RunImage
+from .kept import kept_image
 from .live import LiveRun
 from .opening import record_of, remote_shares
 from .refusals import Refusals
@@ -163,7 +163,8 @@ class Desk:
                             f"end it, or choose another directory")  # fmt: skip
         if self._kept is not None:
             services = self._services
-            lease_s = services.keep_image_s if self._kept.launcher_alive else services.orphan_image_s
+            expected = self._kept.launcher_alive or self._kept.image.record.options.replicas > 0
+            lease_s = services.keep_image_s if expected else services.orphan_image_s
             if now_s - self._kept_since_s > lease_s:
                 self._drop_kept()
         self._refused.expire(now_s)
@@ -292,11 +293,9 @@ class Desk:
         if newest is None:
             return None
         step, path = newest
-        kept = None
-        if self._kept is not None:
-            with contextlib.suppress(ValueError):  # its lease ended just now: it is on disk all the same
-                kept = self._kept.image.newest_image()
-        return Resume(step, path, str(kept[1].image) if kept is not None and kept[0] == step else None)
+        kept = self._kept
+        image = kept_image(kept.image, step, path, whole=options.replicas > 0) if kept is not None else None
+        return Resume(step, path, image)
 
     def _abandon(self, run: LiveRun, reason: str) -> None:
         """A granted run that did not come to start."""

@@ -54,6 +54,7 @@ class Hub:
 
     def adopt(self) -> None:
         """Go on with what an earlier saver on this endpoint left: commit what is complete, wait for living ranks."""
+        self._services.copies.adopt()
         for image in RunImage.left_behind(self._services.endpoint):
             try:
                 self._adopt(image)
@@ -63,7 +64,8 @@ class Hub:
     @property
     def quiet(self) -> bool:
         """Nothing registers, lives or is kept, and nothing is being written."""
-        return not self._services.tasks and all(desk.empty for desk in self._desks.values())
+        idle = not self._services.tasks and self._services.copies.quiet
+        return idle and all(desk.empty for desk in self._desks.values())
 
     @property
     def serving(self) -> bool:
@@ -79,6 +81,7 @@ class Hub:
         are left to it."""
         for each in self._uploaders():
             await each.close()
+        self._services.copies.close()
         await self._services.drain()
         for desk in self._desks.values():
             desk.close()
@@ -92,6 +95,7 @@ class Hub:
             if desk.empty:
                 desk.close()
                 del self._desks[desk.key]
+        self._services.copies.tick({desk.directory for desk in self._desks.values() if desk.serving})
         self._places = {identity: desk for identity, desk in self._places.items() if desk.knows(identity)}
         self._hosts = {identity: host for identity, host in self._hosts.items() if identity in self._places}
 

@@ -256,6 +256,8 @@ class LiveRun:
         """The same newest checkpoint goes to every rank, so that all of them restore the same one."""
         try:
             resume = await self._services.in_thread(self._newest, self._storage)
+            if resume is not None and self.image.record.options.replicas:
+                resume = await self._services.spreading.gather(self, resume)
             if self.abandoned:
                 return
             started = Started(resume=resume, newest_step=resume.step if resume is not None else None)
@@ -328,6 +330,7 @@ class LiveRun:
                 self._uploader.add(order.step)
             self._perform(self._machine.commit_done(order.step, settled))
             self._on_commit()
+            self._services.spreading.committed(self, order.slot, job, result.path)
             await self._retain(trace)
         if self._trace is not None:
             self._trace.done(order.step)
@@ -351,4 +354,5 @@ class LiveRun:
     def _maybe_end(self) -> None:
         if self._machine.finished and not self._ended:
             self._ended = True
+            self._services.spreading.ended(self)
             self._on_end()

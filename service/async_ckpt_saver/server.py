@@ -184,6 +184,7 @@ class Server:
         self._hub = Hub(services)
         services.dial = lambda lead, events: self._with_links().dial(lead, events)
         services.hosts = lambda: [] if self._links is None else self._links.hosts()
+        services.way_of = lambda identity: None if self._links is None else self._links.way_of(identity)
         allowed = self._config.curve_allow if self._keys is not None else None
         self._doorkeeper = Doorkeeper(self._context, self._socket, self._loop, services.rejections, allowed)
         try:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 from async_ckpt.core.protocol import FromSaver, Lead, Rejected
 
 from .clock import RunningClock
+from .hosts.copy_keeper import CopyKeeper, Way
+from .hosts.spreading import Spreading
 from .rejections import Cause, Rejections
 from .roots import Roots
 from .status import ENDED_RUNS, HostStatus, RunStatus, SaveStatus
@@ -42,7 +44,8 @@ class Services:
     `relayed_bytes` came from savers of other hosts. `dial` makes a way to a lead, for ranks whose job has it elsewhere.
 
     `ended` are the last runs that are over. `on_settled` is told of each save that has its outcome, `on_uploaded` of
-    each upload to a second tier.
+    each upload to a second tier. `way_of` leads to the relay that speaks for a rank; `copies` are whole checkpoints in
+    RAM that other hosts have committed, `spreading` brings them there.
 
     `lease_s`: after how long a silent rank that cannot be watched counts as dead. `keep_image_s`: how long the newest
     image of a dead run stays in RAM for its successor; `orphan_image_s` where nobody is left to start one.
@@ -63,6 +66,7 @@ class Services:
     relayed_bytes: int = 0
     dial: Callable[[Lead, LinkEvents], Link] | None = None
     hosts: Callable[[], list[HostStatus]] = list
+    way_of: Callable[[bytes], Way | None] = lambda identity: None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     threads: dict[str, _Threads] = field(default_factory=dict)
     _pool: ThreadPoolExecutor = field(
@@ -80,6 +84,8 @@ class Services:
         self.roots = self.root if isinstance(self.root, Roots) else Roots([self.root])
         self.clock = RunningClock(self.loop.time)
         self.started_s = self.loop.time()
+        self.copies = CopyKeeper(self)
+        self.spreading = Spreading(self, self.copies)
 
     def now_s(self) -> float:
         return self.clock.now_s()

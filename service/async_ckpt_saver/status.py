@@ -101,12 +101,13 @@ class RunStatus(msgspec.Struct, frozen=True):
 
 class HostStatus(msgspec.Struct, frozen=True):
     """The saver of another host that relays to this one: its name, how many ranks it speaks for, the bytes it has
-    handed over in its session, seconds since it was last heard."""
+    handed over in its session, seconds since it was last heard, the newest step that it keeps a copy of."""
 
     name: str
     ranks: int
     relayed_bytes: int
     silent_s: float
+    copy_step: int | None = None
 
 
 class SaverStatus(msgspec.Struct, frozen=True):

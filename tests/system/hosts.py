@@ -217,19 +217,20 @@ class Cluster:
 
     def job(
         self, target: str, ranks: Sequence[int], *args: str, env: Mapping[str, str] | None = None,
-        each: Mapping[int, Mapping[str, str]] | None = None,
+        each: Mapping[int, Mapping[str, str]] | None = None, on: Sequence[int] | None = None,
     ) -> Job:  # fmt: skip
-        """`target` on `ranks[i]` ranks of host i, as torchrun would have it. `each`: variables of the ranks of a host
-        by its place. The folder that the ranks get is the cluster's."""
+        """`target` on `ranks[i]` ranks of host i, as torchrun would have it, or of the i-th of the hosts `on`. `each`:
+        variables of the ranks of a host by its place. The folder that the ranks get is the cluster's."""
         places: list[Mapping[str, str]] = []
-        for index, (host, count) in enumerate(zip(self.hosts, ranks, strict=False)):
+        chosen = self.hosts if on is None else [self.hosts[place] for place in on]
+        for index, (host, count) in enumerate(zip(chosen, ranks, strict=False)):
             places += [
                 {
                     **host.environment(),
                     "LOCAL_RANK": str(local),
                     "LOCAL_WORLD_SIZE": str(count),
                     "GROUP_RANK": str(index),
-                    "MASTER_ADDR": self.hosts[0].address(),
+                    "MASTER_ADDR": chosen[0].address(),
                     **dict((each or {}).get(index, {})),
                 }
                 for local in range(count)

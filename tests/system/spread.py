@@ -109,6 +109,32 @@ def saves_alone(folder: str, kind: str, last: str) -> None:
     os._exit(0)  # what is left of gloo cannot meet at a barrier
 
 
+def saves_and_waits(folder: str, kind: str, last: str) -> None:
+    """Save 1 to `last` with a copy of each on a second host, and live until killed."""
+    training = Training(folder, kind, replicas=1)
+    for number in range(1, int(last) + 1):
+        training.save(number).wait()
+    sleep_until_killed()
+
+
+def restores(folder: str, kind: str, number: str) -> None:
+    """Go on from `number`, with copies; note from where it came. The next save holds the same."""
+    training = Training(folder, kind, replicas=1)
+    with torch.no_grad():
+        for parameter in training.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    resumed = training.ckpt.restore()
+    assert resumed is not None
+    assert resumed.step == int(number)
+    training.check_restored(int(number))
+    if rank() == 0:
+        keep(training.folder / "expected" / str(int(number) + 1), kept(training.folder / "expected" / number))
+    handle = training.ckpt.save(int(number) + 1)
+    note(folder, [resumed.source, outcome(handle)])
+    training.ckpt.close()
+
+
 def goes_on(folder: str, kind: str, number: str) -> None:
     """Restore what was saved as `number`, and save the same again as the next: all of it, the optimizer's state too."""
     training = Training(folder, kind)

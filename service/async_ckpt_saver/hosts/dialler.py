@@ -21,6 +21,7 @@ from .lane import Lane, Payload
 from .link_words import (
     LINK_PROTOCOL,
     Beat,
+    CopyPiece,
     FromLead,
     FromRelay,
     Hello,
@@ -77,6 +78,8 @@ class Link(Protocol):
 
     def hand_over(self, word: Piece, payload: Payload) -> None: ...
 
+    def hand(self, word: CopyPiece) -> bool: ...
+
     def close(self) -> None: ...
 
 
@@ -122,6 +125,14 @@ class Dialler:
         if self.open:
             self._ends[0].lane.put(word)
             self._flush(self._ends[0])
+
+    def hand(self, word: CopyPiece) -> bool:
+        """On the first lane for pieces; False if that has no room."""
+        if not self.open or not self._ends[1].lane.room:
+            return False
+        self._ends[1].lane.put(word)
+        self._flush(self._ends[1])
+        return True
 
     def hand_over(self, word: Piece, payload: Payload) -> None:
         """Ask for `room` before. The payload must not change as long as the step has no outcome."""

@@ -13,7 +13,9 @@ import msgspec
 
 from async_ckpt.core.limits import (
     MAX_CLAIMS,
+    MAX_DIRECTORY_CHARS,
     MAX_FILES,
+    MAX_MANIFEST_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_NAME_CHARS,
     MAX_RECORD_BYTES,
@@ -24,10 +26,11 @@ from async_ckpt.core.limits import (
 )
 from async_ckpt.core.protocol import Layout, Options
 
-LINK_PROTOCOL = 1
+LINK_PROTOCOL = 2
 MAX_LANES = 17
 MAX_PIECES = 1 << 40
 MAX_SPANS = MAX_CLAIMS + MAX_FILES
+MAX_COPY_PIECE_BYTES = 1 << 20
 
 Seq = Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQUENCE)]
 _Slot = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
@@ -35,6 +38,9 @@ _Step = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
 _Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
 _Identity = Annotated[bytes, msgspec.Meta(min_length=1, max_length=255)]
 _Payload = Annotated[bytes, msgspec.Meta(max_length=MAX_MESSAGE_BYTES)]
+_Directory = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_DIRECTORY_CHARS)]
+_Digest = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PIECES)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -109,7 +115,46 @@ class Left(_Said, frozen=True):
     identity: _Identity
 
 
-FromRelay: TypeAlias = Hello | Beat | Missing | Say | Offer | Piece | Left
+class CopyHeld(_Said, frozen=True):
+    """Here is a whole copy, in RAM, of the checkpoint of `step` whose manifest has `digest`. The newest one of each
+    directory that the relay serves, whenever a session begins; and the answer to `CopyOffered`."""
+
+    directory: _Directory
+    step: _Step
+    digest: _Digest
+
+
+class CopyFailed(_Said, frozen=True):
+    """What was offered is not kept: why."""
+
+    digest: _Digest
+    reason: Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class CopyWanted(_Said, frozen=True):
+    """Send piece `number` of the checkpoint (`copies.pieces_of`). Either side asks, and is answered by `CopyPiece` or
+    `CopyGone`."""
+
+    digest: _Digest
+    number: _Number
+
+
+class CopyPiece(_Said, frozen=True):
+    """On the first lane for pieces, in the order in which they were asked for."""
+
+    digest: _Digest
+    number: _Number
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_COPY_PIECE_BYTES)]
+
+
+class CopyGone(_Said, frozen=True):
+    """It is not there, or no longer: its slot was taken by another step."""
+
+    digest: _Digest
+
+
+Copied: TypeAlias = CopyWanted | CopyPiece | CopyGone
+FromRelay: TypeAlias = Hello | Beat | Missing | Say | Offer | Piece | Left | CopyHeld | CopyFailed | Copied
 
 
 class Welcome(_Word, frozen=True):
@@ -134,13 +179,14 @@ class Tell(_Said, frozen=True):
 
 
 class Opened(_Said, frozen=True):
-    """A run of which `Share`s follow."""
+    """A run of which `Share`s follow. `keeps`: this relay is to keep copies of what the run commits."""
 
     run: _Name
     job: _Name
     options: Options
     layout: Layout
     versions: Annotated[dict[_Name, _Name], msgspec.Meta(max_length=64)]
+    keeps: bool = False
 
 
 class Share(_Said, frozen=True):
@@ -168,8 +214,25 @@ class Held(_Said, frozen=True):
     step: _Step
 
 
-FromLead: TypeAlias = Welcome | Unwelcome | Stranger | Beat | Missing | Tell | Opened | Share | Wanted | Held
-Said: TypeAlias = Say | Offer | Piece | Left | Tell | Opened | Share | Wanted | Held
+class CopyOffered(_Said, frozen=True):
+    """Keep a copy of this committed checkpoint: ask for its pieces. Answered by `CopyHeld` or `CopyFailed`."""
+
+    directory: _Directory
+    manifest: Annotated[bytes, msgspec.Meta(max_length=MAX_MANIFEST_BYTES)]
+
+
+class CopyForgotten(_Said, frozen=True):
+    """No copy of a checkpoint in `directory` is needed on this host any more."""
+
+    directory: _Directory
+
+
+FromLead: TypeAlias = (
+    Welcome | Unwelcome | Stranger | Beat | Missing | Tell | Opened | Share | Wanted | Held
+    | CopyOffered | CopyForgotten | Copied
+)  # fmt: skip
+OfCopies: TypeAlias = CopyHeld | CopyFailed | CopyOffered | CopyForgotten | Copied
+Said: TypeAlias = Say | Offer | Piece | Left | Tell | Opened | Share | Wanted | Held | OfCopies
 
 _encoder = msgspec.msgpack.Encoder()
 _from_relay = msgspec.msgpack.Decoder(FromRelay)

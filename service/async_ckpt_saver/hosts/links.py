@@ -20,6 +20,7 @@ from async_ckpt.core.slots import links_path, shm_identity
 from ..hub import Hub
 from ..services import Services
 from ..status import HostStatus
+from .copy_keeper import Way
 from .dialler import Dialler, LinkEvents
 from .lane import Payload
 from .link_words import Said
@@ -71,6 +72,9 @@ class Links:
 
     def tell(self, identity: bytes, message: FromSaver) -> bool:
         return self._reception.tell(identity, message)
+
+    def way_of(self, identity: bytes) -> Way | None:
+        return self._reception.way_of(identity)
 
     def hosts(self) -> list[HostStatus]:
         return self._reception.hosts([each.sessions for each in self._open.values()])

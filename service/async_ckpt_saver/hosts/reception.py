@@ -33,11 +33,27 @@ from ..memory import give_back
 from ..rejections import Cause
 from ..services import Services
 from ..status import HostStatus
-from .link_words import Held, Left, Offer, Opened, Piece, Said, Say, Share, Tell, Wanted
+from .link_words import (
+    Copied,
+    CopyFailed,
+    CopyHeld,
+    Held,
+    Left,
+    OfCopies,
+    Offer,
+    Opened,
+    Piece,
+    Said,
+    Say,
+    Share,
+    Tell,
+    Wanted,
+)
 from .remote import RemoteRank, SenselessError
-from .sessions import Session, Sessions
+from .sessions import Session, Sessions, SessionWay
 from .shares import as_remote, read_layout, read_share
 from .spans import pack
+from .spreading import keeper_of
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +85,9 @@ class Reception:
     def word(self, sessions: Sessions, session: Session, word: Said, payload: memoryview | None) -> None:
         identity = word.identity if isinstance(word, Say | Offer | Piece | Left) else b""
         try:
-            if isinstance(word, Say):
+            if isinstance(word, OfCopies):
+                self._copy_word(SessionWay(sessions, session), word)
+            elif isinstance(word, Say):
                 self._say(sessions, session, word)
             elif not self._bound(sessions, session, identity):
                 raise SenselessError(f"a {type(word).__name__} of a rank that is not this relay's")
@@ -99,7 +117,8 @@ class Reception:
                     for identity in session.identities:
                         self._hub.seen(identity)
             for gone in each.forget_idle():
-                for identity in gone.identities:
+                self._services.spreading.lost(SessionWay(each, gone))
+                for identity in list(gone.identities):
                     self._unbind(identity)
         self._ticked_s = self._services.now_s()
         if self._given_back_bytes < self._ticked_bytes == self._services.relayed_bytes:
@@ -118,10 +137,21 @@ class Reception:
                 ranks=sum(self._hub.knows(identity) for identity in session.identities),
                 relayed_bytes=session.relayed_bytes,
                 silent_s=now_s - session.heard_s,
+                copy_step=self._services.spreading.copied_step(SessionWay(each, session)),
             )
             for each in sessions
             for session in each.all
         ]
+
+    def way_of(self, identity: bytes) -> SessionWay | None:
+        place = self._sessions.get(identity)
+        return None if place is None else SessionWay(*place)
+
+    def _copy_word(self, way: SessionWay, word: OfCopies) -> None:
+        if isinstance(word, CopyHeld | CopyFailed):
+            self._services.spreading.answered(way, word)
+        elif isinstance(word, Copied):
+            self._services.copies.word(way, word)
 
     # --- words of ranks ----------------------------------------------------------------------------------------------
 
@@ -165,11 +195,15 @@ class Reception:
         return True
 
     def _bind(self, sessions: Sessions, session: Session, identity: bytes) -> None:
+        before = self._sessions.get(identity)
         self._unbind(identity)
         if len(self._sessions) >= MAX_IDENTITIES:
             raise SenselessError(f"{len(self._sessions)} ranks of other hosts are known already (MAX_IDENTITIES)")
         self._sessions[identity] = sessions, session
         session.identities.add(identity)
+        run = self._hub.run_of(identity)
+        if run is not None and (before is None or before[1] is not session):
+            self._services.spreading.bound(run[0], session.host, SessionWay(sessions, session))
 
     def _unbind(self, identity: bytes) -> None:
         place = self._sessions.pop(identity, None)
@@ -193,8 +227,9 @@ class Reception:
             return
         if path.name not in session.opened:
             session.opened.add(path.name)
+            keeps = record.options.replicas > 0 and session.host == keeper_of(record.peers)
             sessions.say(session, Opened(run=path.name, job=record.job, options=record.options, layout=layout,
-                                         versions=record.versions))  # fmt: skip
+                                         versions=record.versions, keeps=keeps))  # fmt: skip
         sessions.say(session, Share(identity=identity, run=path.name, rank=rank, owned=granted.owned,
                                     replicated=granted.replicated, spans=pack(spans)))  # fmt: skip
 

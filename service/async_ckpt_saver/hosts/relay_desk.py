@@ -34,9 +34,9 @@ from ..image import RunImage
 from ..services import Services
 from ..status import RunStatus
 from ..watch import ProcessWatch
-from .link_words import Held, Left, Opened, Said, Say, Share, Tell, Wanted
+from .link_words import Held, Left, OfCopies, Opened, Said, Say, Share, Tell, Wanted
+from .relay_image import create_relay_image
 from .relay_run import RelayRun
-from .spans import unpack
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,12 @@ class RelayDesk:
         self._opening: set[str] = set()
         self._runs: list[RelayRun] = []
         self._incarnation = ""
+        self._ran = False  # ranks have been served: what is kept here is of their job
         self._link = services.dial(lead, self)
 
     @property
     def empty(self) -> bool:
-        return not (self._attaching or self._withdrawn or self._runs)
+        return not (self._attaching or self._withdrawn or self._runs or self._awaits_end)
 
     @property
     def registering(self) -> bool:
@@ -78,6 +79,12 @@ class RelayDesk:
     @property
     def serving(self) -> bool:
         return bool(self._attaching) or any(run.living for run in self._runs)
+
+    @property
+    def _awaits_end(self) -> bool:
+        """The copy here is needed no more if the job ends as it should: the lead will say so, if it lives."""
+        held = self._services.copies.held(self.directory) is not None
+        return self._ran and held and self._link.silent_s <= self._services.lease_s
 
     def close(self) -> None:
         self._link.close()
@@ -167,6 +174,7 @@ class RelayDesk:
     def link_open(self, incarnation: str) -> None:
         replaced = self._incarnation not in ("", incarnation)
         self._incarnation = incarnation
+        self._services.copies.session_began(self._link, self.directory)  # before the ranks register
         for run in list(self._runs):
             if not run.started and replaced:  # the new lead does not know it, and removes what it had of it
                 self._drop(run)
@@ -190,6 +198,9 @@ class RelayDesk:
     def link_word(self, word: Said) -> None:
         if isinstance(word, Opened):
             self._opened[word.run] = word
+            return
+        if isinstance(word, OfCopies):
+            self._services.copies.lead_word(self._link, self.directory, word)
             return
         identity = word.identity
         run = self._run_of(identity)
@@ -255,11 +266,9 @@ class RelayDesk:
             versions=opened.versions,
             lead=self._lead,
         )
-        sizes_bytes = [file.total_bytes for file in opened.layout.files]
         try:
-            spans = {share.rank: unpack(share.spans, sizes_bytes) for share in shares.values()}
             image = await self._services.in_thread(
-                lambda: RunImage.create(self._services.endpoint, record, opened.layout, spans)
+                lambda: create_relay_image(self._services, record, opened, list(shares.values()))
             )
         except Exception as error:
             if not isinstance(error, CheckpointError):
@@ -301,6 +310,7 @@ class RelayDesk:
             on_fail=lambda reason: self._abandon(run, reason),
         )
         self._runs.append(run)
+        self._ran = True
         for peer in image.record.peers:
             self._watch.add(peer.identity, peer.process)
         return run

@@ -236,8 +236,9 @@ class RelayRun:
         if self.started:
             return
         resume = started.resume
-        if resume is not None:  # the image is on the lead's host
-            started = msgspec.structs.replace(started, resume=msgspec.structs.replace(resume, image=None))
+        if resume is not None:  # the image is on the lead's host, or a copy of it here
+            image = self._services.copies.image_of(self.image.directory, resume.digest)
+            started = msgspec.structs.replace(started, resume=msgspec.structs.replace(resume, image=image))
         try:
             self.image.start(started)
         except (OSError, CheckpointError) as error:

@@ -17,6 +17,7 @@ from .lane import Lane, Payload
 from .link_words import (
     LINK_PROTOCOL,
     Beat,
+    CopyPiece,
     FromLead,
     FromRelay,
     Hello,
@@ -54,6 +55,20 @@ class Session:
     number: int = field(default_factory=itertools.count().__next__)
 
 
+@dataclass(frozen=True)
+class SessionWay:
+    """`copy_keeper.Way`, to a relay."""
+
+    sessions: Sessions
+    session: Session
+
+    def say(self, word: Said) -> None:
+        self.sessions.say(self.session, word)
+
+    def hand(self, word: CopyPiece) -> bool:
+        return self.sessions.hand(self.session, word)
+
+
 class Sessions:
     """`on_word(session, word, payload)` gets every word of a rank once and in order, and every piece."""
 
@@ -85,6 +100,15 @@ class Sessions:
         routing, lane = session.lanes[0]
         lane.put(word)
         self._flush(routing, lane)
+
+    def hand(self, session: Session, word: CopyPiece) -> bool:
+        """On the first lane for pieces; False if that has no room."""
+        routing, lane = session.lanes.get(1, (b"", None))
+        if lane is None or not lane.room:
+            return False
+        lane.put(word)
+        self._flush(routing, lane)
+        return True
 
     def hear(self, routing: bytes, data: bytes | memoryview, payload: memoryview | None) -> None:
         try:
