@@ -1,9 +1,8 @@
-"""A host is lost for good, and the job comes back on the others from RAM: storage is asked for no more than a manifest."""
+"""A host is lost for good, and the job comes back on the others from RAM: storage is asked for a manifest, no more."""
 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,9 +61,9 @@ def blind(folder: Path, host: Host) -> None:
 
 def _saved(cluster: Cluster, folder: Path) -> Job:
     """A job on three hosts whose second save is committed and copied; it lives."""
-    job = cluster.job(f"{HERE}:saves_and_waits", [1, 1, 1], "fsdp2", "2")
+    job = cluster.job(f"{HERE}:saves_and_waits", [1, 1, 1], "fsdp2", "2", env={"ASYNC_CKPT_LEASE_S": "10"})
     run = folder / "run"
-    until(lambda: async_ckpt.latest(run) == run / "checkpoint-2" or any(job.statuses), "step 2 committed")
+    until(lambda: async_ckpt.latest(run) == run / "checkpoint-2" or any(job.statuses), "step 2 committed", 120.0)
     assert not any(job.statuses), job.printed()
     copied(cluster.hosts[1], folder, 2)
     assert [len(copies(host)) for host in cluster.hosts] == [0, 1, 0]
@@ -102,7 +101,7 @@ def all_ranks_die(folder: Path) -> None:
 
 _FAST: dict[str, Callable[[Path], None]] = {
     "the_lead_host_is_lost": lambda folder: a_host_is_lost(folder, 0, [1, 2]),
-    "the_lead_host_is_lost_and_the_new_lead_has_no_copy": lambda folder: a_host_is_lost(folder, 0, [2, 1]),
+    "the_new_lead_has_no_copy": lambda folder: a_host_is_lost(folder, 0, [2, 1]),
     "the_host_with_the_copy_is_lost": lambda folder: a_host_is_lost(folder, 1, [0, 2]),
 }
 _SLOW: dict[str, Callable[[Path], None]] = {
@@ -120,6 +119,6 @@ def results() -> dict[str, str]:
 def test_replicas(results: dict[str, str], selected: set[str], folder: Path, scenario: str) -> None:
     if not results:
         chosen = {name: SCENARIOS[name] for name in SCENARIOS if name in selected}
-        results.update(run_together(chosen, folder, at_once=4))
+        results.update(run_together(chosen, folder, at_once=2))
     if results[scenario]:
         pytest.fail(results[scenario], pytrace=False)

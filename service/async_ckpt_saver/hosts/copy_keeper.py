@@ -123,8 +123,8 @@ class CopyKeeper:
 
     def image_of(self, directory: str, digest: str) -> str | None:
         """Where the copy is whose digest is given in hex, if it is here."""
-        copy = self.find(directory, bytes.fromhex(digest)) if digest else None
-        return None if copy is None else str(copy.checkpoint)
+        copy = self.held(directory)
+        return str(copy.checkpoint) if copy is not None and copy.record.digest.hex() == digest else None
 
     def forget(self, directory: str) -> None:
         """No copy of it is needed here."""

@@ -89,6 +89,14 @@ class Host:
     def kill(self) -> None:
         self.saver.kill()
 
+    def in_its_mounts(self, *command: str) -> None:
+        subprocess.run(["nsenter", "--mount", f"--target={self._keeper.pid}", *command], check=True)
+
+    def copies(self, *, whole: bool = True) -> list[Path]:
+        """Checkpoints that its saver keeps for other hosts, or those that are being made."""
+        folder = self.seen_from_here(f"/dev/shm/async-ckpt-{os.getuid()}")
+        return [path / "checkpoint" for path in folder.glob("copy-*") if (path / "copy.msgpack").exists() == whole]
+
     def seen_from_here(self, path: str | Path) -> Path:
         """`path` of the host's /dev/shm."""
         return Path(f"/proc/{self._keeper.pid}/root{path}")
@@ -230,9 +238,11 @@ def content(step: int) -> bytes:
 class Rank:
     """One rank of `world`: a process that lives, and what it would say."""
 
-    def __init__(self, host: Host, rank: int, world: int, directory: Path, *, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, host: Host, rank: int, world: int, directory: Path, *, timeout_s: float = 60.0, replicas: int = 0
+    ) -> None:
         self.host, self.rank, self.world, self.directory = host, rank, world, directory
-        self._timeout_s = timeout_s
+        self._options = Options(str(directory), world, 2, Policy(), timeout_s, replicas=replicas)
         self._seq = 0
         self._child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
         self.peer = Peer(host.endpoint)
@@ -253,7 +263,7 @@ class Rank:
         self.peer.say(
             Register(
                 protocol=PROTOCOL,
-                options=Options(str(self.directory), self.world, 2, Policy(), self._timeout_s),
+                options=self._options,
                 job=job,
                 rank=self.rank,
                 process=process_of(self._child.pid),
@@ -324,10 +334,13 @@ class Job:
     """Ranks on hosts, attached and started. `hosts[i]` is the host of rank i. Relays reach the lead through `wire`."""
 
     def __init__(
-        self, hosts: list[Host], directory: Path, *, plain: bool = False, job: str = "job", timeout_s: float = 60.0
-    ) -> None:
+        self, hosts: list[Host], directory: Path, *, plain: bool = False, job: str = "job", timeout_s: float = 60.0,
+        replicas: int = 0,
+    ) -> None:  # fmt: skip
         self.directory = directory
-        self.ranks = [Rank(host, n, len(hosts), directory, timeout_s=timeout_s) for n, host in enumerate(hosts)]
+        self.ranks = [
+            Rank(host, n, len(hosts), directory, timeout_s=timeout_s, replicas=replicas) for n, host in enumerate(hosts)
+        ]
         self.lead = self.ranks[0].lead(plain=plain)
         self.wire = Wire(self.lead.endpoint)
         self.through = msgspec.structs.replace(self.lead, endpoint=self.wire.endpoint)
@@ -337,8 +350,7 @@ class Job:
     def start(self) -> Job:
         for rank in self.ranks:
             rank.ready()
-        for rank in self.ranks:
-            rank.peer.hear(Started)
+        self.started = [rank.peer.hear(Started) for rank in self.ranks]
         return self
 
     def committed(self, step: int) -> None:
