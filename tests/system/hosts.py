@@ -158,6 +158,7 @@ class Host:
         self._holder.kill()  # the kernel kills the first process with it, and all others with that
         self._holder.wait(30)
         until(lambda: not _command_line(self.pid) and not self.pids(), f"{self.name} is gone")
+        _made.discard(self.network)  # the kernel gives its number to the next one that anybody makes
 
     def close(self) -> None:
         for stream in (self._holder.stdin, self._holder.stdout):
@@ -192,7 +193,9 @@ class Cluster:
         with self._closing:
             if kind is None:
                 self.quiet()
-        until(lambda: not left(self._networks), "all processes of the hosts are gone")
+        networks = self._networks & _made
+        until(lambda: not left(networks), "all processes of the hosts are gone")
+        _made.difference_update(networks)
 
     def quiet(self, timeout_s: float = 40.0) -> None:
         """Every saver has ended by itself, and left nothing in shared memory."""
