@@ -21,7 +21,16 @@ with atheris.instrument_imports(include=["async_ckpt", "async_ckpt_saver"]):
     from async_ckpt.core.protocol import Granted, encode
     from async_ckpt.core.slots import SlotPaths
     from async_ckpt_saver import desk, hub, live, registration, run  # noqa: F401
-    from async_ckpt_saver.hosts import lane, link_words, reception, remote, sessions  # noqa: F401
+    from async_ckpt_saver.hosts import (  # noqa: F401
+        copies,
+        copy_keeper,
+        lane,
+        link_words,
+        reception,
+        remote,
+        sessions,
+        spreading,
+    )
     from tests.fuzz import links
 
 # Fixed, so that the payloads of an earlier corpus still name a directory below the root.

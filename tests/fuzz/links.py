@@ -29,6 +29,11 @@ from async_ckpt_saver.hosts.lane import Payload
 from async_ckpt_saver.hosts.link_words import (
     LINK_PROTOCOL,
     Beat,
+    CopyFailed,
+    CopyGone,
+    CopyHeld,
+    CopyPiece,
+    CopyWanted,
     FromLead,
     FromRelay,
     Hello,
@@ -66,6 +71,7 @@ class FuzzedLead(FuzzedSaver):
             self._on_word,
             encrypted=False,
         )
+        self.services.way_of = self.reception.way_of
 
     def _send(self, identity: bytes, message: FromSaver) -> None:
         if not self.reception.tell(identity, message):
@@ -102,7 +108,7 @@ def half(directory: Path, rank: int) -> Register:
     return msgspec.structs.replace(
         message,
         rank=rank,
-        options=msgspec.structs.replace(message.options, world=2),
+        options=msgspec.structs.replace(message.options, world=2, replicas=1),
         layout=LAYOUT if rank == 0 else None,
         claims=pack_claims([FILE], [Claim(0, 0, Region(False, (rank * 4,), (4,)))])[0],
     )
@@ -124,6 +130,11 @@ def words(directory: Path, content: bytes = bytes(HALF_BYTES)) -> Iterator[tuple
     yield Beat(sent=3, received=0), None
     yield Missing(received=0), None
     yield said(Ping(unsettled=[1, 2]))
+    yield CopyHeld(directory=str(directory), step=0, digest=bytes(16)), None
+    yield CopyWanted(digest=bytes(16), number=0), None
+    yield CopyPiece(digest=bytes(16), number=0, data=b"unasked"), None
+    yield CopyGone(digest=bytes(16)), None
+    yield CopyFailed(digest=bytes(16), reason="no room"), None
     yield said(Skipped(seq=2, slot=1, step=2, reason="busy"))
     yield said(Bye(seq=3))
     yield Left(identity=FAR), None

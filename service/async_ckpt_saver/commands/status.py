@@ -68,6 +68,8 @@ def render(status: SaverStatus) -> str:
     for host in status.hosts:
         head += (f"\n  host {host.name} relays {_ranks(host.ranks)}: {size(host.relayed_bytes)} handed over, heard "
                  f"{age(host.silent_s)} ago")  # fmt: skip
+        if host.copy_step is not None:
+            head += f", keeps a copy of step {host.copy_step} in RAM"
     runs = [_run(run, status.now_unix_s) for run in [*status.runs, *status.ended]]
     uploads = [_uploads(each, status.now_unix_s) for each in status.uploads]
     return "\n\n".join([head, *(runs or ["no runs"]), *uploads])

@@ -94,7 +94,7 @@ class Spreading:
             if host == keeper:
                 way.say(CopyOffered(directory=directory, manifest=manifest))
             else:
-                way.say(CopyForgotten(directory=directory))
+                self._forget(way, directory)
 
     def bound(self, run: LiveRun, host: str, way: Way) -> None:
         """A relay of `run` has a new session: what was offered in the last one may be lost."""
@@ -110,7 +110,7 @@ class Spreading:
         """`clean`: nobody will come back for a copy."""
         if run.image.record.options.replicas and run.clean:
             for way in self._ways(run).values():
-                way.say(CopyForgotten(directory=run.image.directory))
+                self._forget(way, run.image.directory)
             self._keeper.forget(run.image.directory)
             self._keeper.serve(run.image.directory, None)
 
@@ -182,6 +182,10 @@ class Spreading:
         except (OSError, CheckpointError) as error:
             log.warning("the manifest of %s cannot be read, so no copy of it is kept in RAM: %s", path, error)
             return None
+
+    def _forget(self, way: Way, directory: str) -> None:
+        self._held.get(way, {}).pop(directory, None)
+        way.say(CopyForgotten(directory=directory))
 
     def _ways(self, run: LiveRun) -> dict[str, Way]:
         """To the relays of this run, by host, in the order of ranks."""

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from async_ckpt.core.manifest import read_manifest
+from async_ckpt.core.manifest import MANIFEST_NAME, read_manifest
 from async_ckpt.core.protocol import Granted, Pong, Refused, Settled, Staged, encode
 from async_ckpt.core.slots import SlotPaths
 from async_ckpt_saver.hosts.link_words import (
     LINK_PROTOCOL,
+    CopyGone,
+    CopyOffered,
     Held,
     Hello,
     Offer,
@@ -59,6 +61,10 @@ def test_the_life_of_a_rank_behind_a_relay(tmp_path: Path, twice: bool) -> None:
         assert [each.known for each in heard if isinstance(each, Pong)][-1] is False  # it has left
         assert sum(lead.services.rejections.counts.values()) == 0
         assert lead.services.relayed_bytes == HALF_BYTES
+        (offered,) = [word for word in lead.told if isinstance(word, CopyOffered)]
+        assert offered.manifest == (path / MANIFEST_NAME).read_bytes()
+        (gone,) = [word for word in lead.told if isinstance(word, CopyGone)]
+        assert gone.digest == bytes(16)  # of which there is none
     finally:
         lead.close()
 
