@@ -102,9 +102,9 @@ def all_ranks_die(folder: Path) -> None:
 _FAST: dict[str, Callable[[Path], None]] = {
     "the_lead_host_is_lost": lambda folder: a_host_is_lost(folder, 0, [1, 2]),
     "the_new_lead_has_no_copy": lambda folder: a_host_is_lost(folder, 0, [2, 1]),
-    "the_host_with_the_copy_is_lost": lambda folder: a_host_is_lost(folder, 1, [0, 2]),
 }
 _SLOW: dict[str, Callable[[Path], None]] = {
+    "the_host_with_the_copy_is_lost": lambda folder: a_host_is_lost(folder, 1, [0, 2]),
     "all_ranks_die": all_ranks_die,
 }
 SCENARIOS: dict[str, Scenario] = {**_FAST, **_SLOW}

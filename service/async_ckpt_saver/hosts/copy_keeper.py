@@ -54,6 +54,11 @@ class _Pull:
         if not self.done.done():
             self.done.set_exception(CheckpointError(reason))
 
+    def end(self) -> None:
+        """Nobody waits any more; a failure has been heard, or is not of interest."""
+        if not self.done.cancel() and not self.done.cancelled():
+            self.done.exception()
+
     def look(self) -> None:
         """Ask for what may be asked for; done when all of it is here."""
         if self.copying is None:
@@ -154,13 +159,15 @@ class CopyKeeper:
 
     # --- what others have --------------------------------------------------------------------------------------------
 
-    async def pull(self, way: Way, directory: str, manifest: bytes) -> Copy:
+    async def pull(self, way: Way, directory: str, manifest: bytes, patience_s: float | None = None) -> Copy:
         """Make a copy of what is at the other end of `way`, and keep it in place of an earlier one. Raises
-        CheckpointError if it does not come whole; then nothing of it is left."""
+        CheckpointError if it does not come whole, or not within `patience_s`; then nothing of it is left."""
         services, digest = self._services, digest_of(manifest)
         if digest in self._pulls or self._closed:
             raise CheckpointError("it is being copied already" if not self._closed else "this saver ends")
         pull = self._pulls[digest] = _Pull(way, directory, services.loop.create_future(), services.now_s())
+        if patience_s is not None:
+            services.loop.call_later(patience_s, pull.fail, f"it has not come within {patience_s:.0f} s")
         try:
             pull.copying = await services.in_thread(lambda: Copying.begin(services.endpoint, directory, manifest))
             pull.heard_s = services.now_s()
@@ -173,7 +180,7 @@ class CopyKeeper:
             raise
         finally:
             del self._pulls[digest]
-            pull.done.cancel()
+            pull.end()
         self._keep(copy)
         self.pulls += 1
         log.info("a copy of step %d of %s is kept here", copy.record.step, directory)
@@ -259,10 +266,14 @@ class CopyKeeper:
         """The lead wants a copy of it to be kept here. One at a time: of what is offered meanwhile the last counts."""
         if self._closed or digest_of(word.manifest) in self._pulls:
             return
-        if any(pull.directory == word.directory for pull in self._pulls.values()):
-            self._next[word.directory] = way, word
-        else:
+        under_way = [pull for pull in self._pulls.values() if pull.directory == word.directory]
+        if not under_way:
             self._services.spawn(self._take(way, word))
+            return
+        self._next[word.directory] = way, word
+        for pull in under_way:
+            if pull.way != way:
+                pull.fail("another saver leads the job now")
 
     async def _take(self, way: Way, word: CopyOffered) -> None:
         digest = digest_of(word.manifest)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.location import location_of
+from async_ckpt.core.location import Url, location_of
 from async_ckpt.core.manifest import MANIFEST_NAME, manifest_bytes
 from async_ckpt.core.protocol import Resume
 from async_ckpt.core.slots import Peer
@@ -80,6 +80,8 @@ class Spreading:
         """`path` is durable, and `slot` holds it until ranks take it again."""
         if run.image.record.options.replicas and keeper_of(run.image.record.peers) is not None:
             self._services.spawn(self._protect(run, slot, job, path))
+        else:
+            self._unprotect(run)  # the job before it may have had copies
 
     async def _protect(self, run: LiveRun, slot: int, job: CommitJob, path: str) -> None:
         directory, state, step = run.image.directory, run.image.states[slot], job.step
@@ -110,8 +112,8 @@ class Spreading:
         """`clean`: nobody will come back for a copy."""
         if run.image.record.options.replicas and run.clean:
             for way in self._ways(run).values():
-                self._forget(way, run.image.directory)
-            self._keeper.forget(run.image.directory)
+                way.say(CopyForgotten(directory=run.image.directory))  # also of one that is just being made
+            self._unprotect(run)
             self._keeper.serve(run.image.directory, None)
 
     async def gather(self, run: LiveRun, resume: Resume) -> Resume:
@@ -149,10 +151,7 @@ class Spreading:
     async def _fetch(self, way: Way, directory: str, manifest: bytes, until_s: float) -> Source | None:
         try:
             patience_s = max(0.0, until_s - self._services.loop.time())
-            copy = await asyncio.wait_for(self._keeper.pull(way, directory, manifest), patience_s)
-            return copy.source()
-        except asyncio.TimeoutError:
-            log.warning("the copy in RAM on another host takes too long")
+            return (await self._keeper.pull(way, directory, manifest, patience_s)).source()
         except CheckpointError as error:
             log.warning("the copy in RAM on another host cannot be had: %s", error)
         return None
@@ -176,12 +175,20 @@ class Spreading:
         log.info("the newest checkpoint of %s lies in RAM here and on %d of %d other hosts", directory, kept, len(ways))
 
     async def _manifest(self, directory: str, path: str) -> bytes | None:
+        place = location_of(path)
         try:
-            far = self._services.storage(directory).far
-            return await self._services.in_thread(lambda: manifest_bytes(location_of(path) / MANIFEST_NAME), far=far)
+            far = self._services.storage(directory).far or isinstance(place, Url)
+            return await self._services.in_thread(lambda: manifest_bytes(place / MANIFEST_NAME), far=far)
         except (OSError, CheckpointError) as error:
             log.warning("the manifest of %s cannot be read, so no copy of it is kept in RAM: %s", path, error)
             return None
+
+    def _unprotect(self, run: LiveRun) -> None:
+        directory = run.image.directory
+        self._keeper.forget(directory)
+        for way in self._ways(run).values() if self._held else ():
+            if directory in self._held.get(way, {}):
+                self._forget(way, directory)
 
     def _forget(self, way: Way, directory: str) -> None:
         self._held.get(way, {}).pop(directory, None)

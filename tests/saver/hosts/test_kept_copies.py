@@ -69,9 +69,9 @@ def saved(folder: Path, names: str = "ab", *, lease_s: float = 30.0) -> Iterator
 
 
 @contextlib.contextmanager
-def again(made: list[Host], directory: Path) -> Iterator[Job]:
+def again(made: list[Host], directory: Path, *, replicas: int = 1) -> Iterator[Job]:
     """The job that comes back."""
-    job = Job(made, directory, job="again", replicas=1)
+    job = Job(made, directory, job="again", replicas=replicas)
     try:
         yield job.start()
     finally:
@@ -147,6 +147,20 @@ def test_a_copy_that_is_damaged_is_dropped_and_storage_is_read(folder: Path) -> 
                 for rank in second.ranks:
                     rank.kill()
         assert "damaged" in made[1].saver.said() or "does not hash" in made[2].saver.said()
+
+
+def test_a_job_without_copies_makes_no_use_of_one_and_drops_it_with_its_first_commit(folder: Path) -> None:
+    with saved(folder) as (made, job):
+        for rank in job.ranks:
+            rank.kill()
+        with again(made, job.directory, replicas=0) as second:
+            first, other = resumes(second)
+            assert first.image is not None  # the slot of the job before, as ever
+            assert other.image is None
+            assert len(made[1].copies()) == 1
+            save(second, 2, 0)
+            until(lambda: not made[1].copies(), "the copy is dropped")
+            goodbye(second, *made)
 
 
 def test_a_copy_of_what_is_not_the_newest_any_more_is_not_used(folder: Path) -> None:
