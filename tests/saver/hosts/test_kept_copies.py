@@ -252,3 +252,7 @@ def test_a_saver_that_is_replaced_keeps_the_copy_and_gives_it_up_when_nobody_com
         (copy,) = made[1].copies()
         assert (copy / FILE.path).read_bytes() == content(1)
         assert (copy / MANIFEST_NAME).exists()
+        made[1].kill()
+        made[1].start("--keep-image-s", "1")
+        until(lambda: not made[1].copies() and not made[1].copies(whole=False), "the copy is given up")
+        assert "nobody has come back for the copy of step 1" in made[1].saver.said()

@@ -70,14 +70,15 @@ class Host:
         (folder / name).mkdir(mode=0o700)
         self.start()
 
-    def start(self) -> None:
-        """The namespace, and all that is in its shared memory, stays as long as the keeper lives."""
+    def start(self, *options: str) -> None:
+        """The namespace, and all that is in its shared memory, stays as long as the keeper lives. `options` are for the
+        saver, besides its own."""
         if not hasattr(self, "_keeper"):
             self._keeper = subprocess.Popen([*_own_shm(self._size), "sleep", "infinity"])
             until(lambda: self._device(self._keeper.pid) != os.stat("/dev/shm").st_dev, "a /dev/shm of its own")
         wrapper = ["nsenter", "--mount", f"--target={self._keeper.pid}"]
         log = self._folder / f"{self.name}.log"
-        self.saver = SaverProcess(self.endpoint, self._root, log, *self._options, wrapper=wrapper).up()
+        self.saver = SaverProcess(self.endpoint, self._root, log, *self._options, *options, wrapper=wrapper).up()
 
     @property
     def shm(self) -> str:
