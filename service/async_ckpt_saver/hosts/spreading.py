@@ -85,7 +85,7 @@ class Spreading:
 
     async def _protect(self, run: LiveRun, slot: int, job: CommitJob, path: str) -> None:
         directory, state, step = run.image.directory, run.image.states[slot], job.step
-        manifest = await self._manifest(directory, path)
+        manifest = await self._manifest(run, path)
         if manifest is None:
             return
         source = Source(manifest, Path(job.image), job.documents, lambda: state.complete_step() == step)
@@ -121,7 +121,7 @@ class Spreading:
         does not come in time is read from storage."""
         options, directory = run.image.record.options, run.image.directory
         until_s = self._services.loop.time() + options.timeout_s / 2
-        manifest = await self._manifest(directory, resume.path)
+        manifest = await self._manifest(run, resume.path)
         if manifest is None:
             return resume
         source = await self._here(directory, digest_of(manifest), resume.image)
@@ -174,11 +174,13 @@ class Spreading:
         kept = sum(future.result() for future in done)
         log.info("the newest checkpoint of %s lies in RAM here and on %d of %d other hosts", directory, kept, len(ways))
 
-    async def _manifest(self, directory: str, path: str) -> bytes | None:
-        place = location_of(path)
+    async def _manifest(self, run: LiveRun, path: str) -> bytes | None:
+        place, options = location_of(path), run.image.record.options
         try:
-            far = self._services.storage(directory).far or isinstance(place, Url)
-            return await self._services.in_thread(lambda: manifest_bytes(place / MANIFEST_NAME), far=far)
+            storage = self._services.storage(options.directory)
+            if isinstance(place, Url) and not storage.far:
+                storage = self._services.storage(options.upload_to)
+            return await self._services.in_thread(lambda: manifest_bytes(place / MANIFEST_NAME), storage)
         except (OSError, CheckpointError) as error:
             log.warning("the manifest of %s cannot be read, so no copy of it is kept in RAM: %s", path, error)
             return None
