@@ -110,6 +110,7 @@ def saver_not_reachable(folder: Path) -> None:
 def wrong_arguments(folder: Path) -> None:
     wrong: list[tuple[str, dict[str, Any]]] = [
         (r"slots=0\b.*1 to 16", {"slots": 0}),
+        (r"replicas=2\b.*give 0, or 1", {"replicas": 2}),
         (r"slots=17\b", {"slots": 17}),
         (r"slots='2'", {"slots": "2"}),
         (r"slots=True", {"slots": True}),

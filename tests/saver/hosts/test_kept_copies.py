@@ -100,7 +100,7 @@ def test_the_first_relay_keeps_the_newest_checkpoint_and_no_other_host_does(fold
         goodbye(job, *made)
 
 
-@pytest.mark.parametrize("order", ["bc", "cb"])
+@pytest.mark.parametrize("order", ["bc", pytest.param("cb", marks=pytest.mark.full)])
 def test_after_the_loss_of_the_leads_host_all_ranks_find_the_checkpoint_in_ram(folder: Path, order: str) -> None:
     with saved(folder, "abc") as (made, job):
         expected = files(job.directory / "checkpoint-1")
@@ -187,7 +187,7 @@ def _held_in_the_middle(made: list[Host], job: Job, step: int, slot: int) -> Non
     until(lambda: job.wire.held, "the wire is full")
 
 
-@pytest.mark.parametrize("victim", ["lead", "relay", "none"])
+@pytest.mark.parametrize("victim", ["lead", "relay", pytest.param("none", marks=pytest.mark.full)])
 def test_killed_while_a_copy_is_made_the_older_one_stands_and_the_next_is_copied(folder: Path, victim: str) -> None:
     with saved(folder) as (made, job):
         lead, relay = made
