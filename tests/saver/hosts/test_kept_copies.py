@@ -102,7 +102,7 @@ def test_the_first_relay_keeps_the_newest_checkpoint_and_no_other_host_does(fold
 
 @pytest.mark.parametrize("order", ["bc", pytest.param("cb", marks=pytest.mark.full)])
 def test_after_the_loss_of_the_leads_host_all_ranks_find_the_checkpoint_in_ram(folder: Path, order: str) -> None:
-    with saved(folder, "abc") as (made, job):
+    with saved(folder, "abc", lease_s=6.0) as (made, job):
         expected = files(job.directory / "checkpoint-1")
         lose(made[0], job)
         (job.directory / "checkpoint-1" / FILE.path).unlink()  # it is not read
