@@ -316,19 +316,9 @@ class LiveRun:
                 log.exception("commit of step %d failed", order.step)
             self._perform(self._machine.commit_failed(order.step, str(error) or repr(error)))
         else:
-            settled = Settled(
-                step=order.step,
-                slot=order.slot,
-                outcome="committed",
-                path=result.path,
-                bytes=result.bytes,
-                write_s=result.write_s,
-                commit_s=result.commit_s,
-                reason=result.notice if result.latest_moved else "`latest` could not be moved to it",
-            )
             if self._uploader is not None:
                 self._uploader.add(order.step)
-            self._perform(self._machine.commit_done(order.step, settled))
+            self._perform(self._machine.commit_done(order.step, result.settled(order.step, order.slot)))
             self._on_commit()
             self._services.spreading.committed(self, order.slot, job, result.path)
             await self._retain(trace)

@@ -30,6 +30,7 @@ from async_ckpt.core.manifest import (
     decode_manifest,
     encode_manifest,
 )
+from async_ckpt.core.protocol import Settled
 
 from .datafile import CHUNK_BYTES, StepHook, Written, write_bytes, write_image_file
 from .filesystem import fsync_directory, make_directories, remove_again, rename_new
@@ -91,6 +92,19 @@ class CommitResult(msgspec.Struct, frozen=True):
     direct: bool
     latest_moved: bool = True
     notice: str = ""
+
+    def settled(self, step: int, slot: int) -> Settled:
+        """What the ranks are told of it."""
+        return Settled(
+            step=step,
+            slot=slot,
+            outcome="committed",
+            path=self.path,
+            bytes=self.bytes,
+            write_s=self.write_s,
+            commit_s=self.commit_s,
+            reason=self.notice if self.latest_moved else "`latest` could not be moved to it",
+        )
 
 
 class CommitError(CheckpointError):
