@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 # What each scheme is called in messages.
 SCHEMES = {"s3": "S3", "gs": "Google Cloud Storage", "az": "Azure Blob Storage"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_BUCKET = r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}"
 # What object stores, shells or URLs would read as something else.
-_STRANGE = re.compile(r"[\x00-\x1f\x7f?#%\\^`{}|<>\"~*\[\]]")
+_STRANGE = r"[\x00-\x1f\x7f?#%\\^`{}|<>\"~*\[\]]"
 
 
 class Url(str):
@@ -124,9 +124,9 @@ def location_of(given: str | os.PathLike[str]) -> Location:
     if scheme not in SCHEMES:
         raise CheckpointError(f"{text!r}: there is no storage for {scheme}://; give a path, s3://, gs:// or az://")
     bucket, *parts = text[match.end() :].rstrip("/").split("/")
-    if not _BUCKET.fullmatch(bucket):
+    if not re.fullmatch(_BUCKET, bucket):
         raise CheckpointError(f"{text!r} names no bucket: give {scheme}://BUCKET/PREFIX")
-    if not all(parts) or "." in parts or ".." in parts or _STRANGE.search("".join(parts)):
+    if not all(parts) or "." in parts or ".." in parts or re.search(_STRANGE, "".join(parts)):
         raise CheckpointError(
             f"{text!r}: the prefix has an empty part, '.', '..' or one of ?#%\\^`{{}}|<>\"~*[] in it: choose another"
         )

@@ -7,8 +7,9 @@ import re
 
 from .errors import CheckpointError
 
-_XML = re.compile(r"<Code>([^<]*)</Code>(?:.*?<Message>([^<]*)</Message>)?", re.DOTALL)
-_STATUS = re.compile(r"non-2xx status code: (\d{3})")
+# Compiled when something goes wrong: every start of a saver imports this.
+_XML = r"(?s)<Code>([^<]*)</Code>(?:.*?<Message>([^<]*)</Message>)?"
+_STATUS = r"non-2xx status code: (\d{3})"
 _SHOWN_CHARS = 300
 
 
@@ -30,7 +31,7 @@ def diagnose(what: str, error: Exception) -> ObjectError | None:
     text = str(error)
     kind = type(error).__name__
     for pattern, meaning, code in _PERMANENT:
-        if pattern.search(text):
+        if re.search(pattern, text):
             return ObjectError(f"{what}: {meaning} ({_short(text)})", code=code)
     if isinstance(error, FileNotFoundError):
         return None
@@ -38,9 +39,9 @@ def diagnose(what: str, error: Exception) -> ObjectError | None:
         return ObjectError(f"{what}: {_DENIED} ({_short(text)})", code=errno.EACCES)
     if type(error).__module__.split(".")[0] != "obstore" and not isinstance(error, OSError):
         return None
-    status = _STATUS.search(text)
+    status = re.search(_STATUS, text)
     number = int(status[1]) if status is not None else 0
-    if _THROTTLED.search(text) or number in (429, 503):
+    if re.search(_THROTTLED, text) or number in (429, 503):
         return ObjectError(f"{what}: the store asks for fewer requests ({_short(text)})", passing=True)
     if status is not None and number < 500 and number != 408:
         return ObjectError(f"{what}: refused ({_short(text)})", code=errno.EIO)
@@ -63,44 +64,40 @@ _DENIED = (
     "these credentials may not do that: they need to list, read, write and delete below the prefix, and to list and "
     "abort multipart uploads of the bucket"
 )
-_THROTTLED = re.compile(
-    r"SlowDown|TooManyRequests|RequestLimitExceeded|ServerBusy|rateLimitExceeded|Please reduce your"
-)
-_PERMANENT: tuple[tuple[re.Pattern[str], str, int | None], ...] = (
+_THROTTLED = r"SlowDown|TooManyRequests|RequestLimitExceeded|ServerBusy|rateLimitExceeded|Please reduce your"
+_PERMANENT: tuple[tuple[str, str, int | None], ...] = (
     (
-        re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist"),
+        r"NoSuchBucket|ContainerNotFound|specified bucket does not exist",
         "there is no such bucket: create it, or see the region, account and endpoint in the environment",
         errno.ENOENT,
     ),
     (
-        re.compile(r"RequestTimeTooSkewed|RequestExpired|difference between the request time"),
+        r"RequestTimeTooSkewed|RequestExpired|difference between the request time",
         "this host's clock differs from the store's by more than 15 minutes: set it (`chronyc makestep`)",
         errno.EINVAL,
     ),
     (
-        re.compile(r"ExpiredToken|TokenRefreshRequired|token included in the request is expired"),
+        r"ExpiredToken|TokenRefreshRequired|token included in the request is expired",
         "the session token has expired: give new credentials and start the saver again, or give the machine a role",
         errno.EACCES,
     ),
     (
-        re.compile(
-            r"InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|AuthenticationFailed|failed to authenticate"
-        ),
+        r"InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|AuthenticationFailed|failed to authenticate",
         _CREDENTIALS,
         errno.EACCES,
     ),
     (
-        re.compile(r"169\.254\.1|metadata\.google\.internal|latest/api/token|latest/meta-data|Failed to get cred"),
+        r"169\.254\.1|metadata\.google\.internal|latest/api/token|latest/meta-data|Failed to get cred",
         _MISSING,
         errno.EACCES,
     ),
     (
-        re.compile(r"BadScheme|URL scheme is not allowed"),
+        r"BadScheme|URL scheme is not allowed",
         "the endpoint is plain http: use https, or set AWS_ALLOW_HTTP=true (AZURE_ALLOW_HTTP, GOOGLE_ALLOW_HTTP)",
         errno.EINVAL,
     ),
     (
-        re.compile(r"InsufficientStorage|StorageFull|QuotaExceeded|status code: 507|[Nn]o (?:writable|free) volumes"),
+        r"InsufficientStorage|StorageFull|QuotaExceeded|status code: 507|[Nn]o (?:writable|free) volumes",
         "the store is full: free some space there, or keep fewer checkpoints (keep_last=)",
         errno.ENOSPC,
     ),
@@ -108,26 +105,26 @@ _PERMANENT: tuple[tuple[re.Pattern[str], str, int | None], ...] = (
 
 
 _CAUSES = (
-    (re.compile(r"[Cc]onnection ?refused"), "connection refused"),
-    (re.compile(r"dns error|failed to lookup address"), "the name of its host is not known"),
-    (re.compile(r"TimedOut|timed out|deadline has elapsed"), "no answer in time"),
-    (re.compile(r"[Cc]onnection ?reset|IncompleteMessage|connection closed|[Bb]roken ?pipe|UnexpectedEof"),
+    (r"[Cc]onnection ?refused", "connection refused"),
+    (r"dns error|failed to lookup address", "the name of its host is not known"),
+    (r"TimedOut|timed out|deadline has elapsed", "no answer in time"),
+    (r"[Cc]onnection ?reset|IncompleteMessage|connection closed|[Bb]roken ?pipe|UnexpectedEof",
      "the connection was cut"),
 )  # fmt: skip
 # Which address was asked how often is said already, or is the client's affair.
-_REQUEST = re.compile(r"Error performing \w+ \S+ in \S+(?:, after .*?)?\s+- ")
+_REQUEST = r"Error performing \w+ \S+ in \S+(?:, after .*?)?\s+- "
 
 
 def _short(text: str) -> str:
     """What the server said, or the first line of what the client says; obstore adds pages for its developers."""
-    said = _XML.search(text)
+    said = re.search(_XML, text)
     if said is not None:
-        status = _STATUS.search(text)
+        status = re.search(_STATUS, text)
         message = (said[2] or "").strip().partition("\n")[0]  # Azure adds ids and times
         words = [f"HTTP {status[1]}" if status is not None else "", said[1], message]
         return " ".join(word for word in words if word)[:_SHOWN_CHARS]
     for pattern, meaning in _CAUSES:
-        if pattern.search(text):
+        if re.search(pattern, text):
             return meaning
     first = text.partition("\n")[0]
-    return _REQUEST.sub("", first).strip()[:_SHOWN_CHARS]
+    return re.sub(_REQUEST, "", first).strip()[:_SHOWN_CHARS]
