@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 FOLDER = ".async-ckpt"  # beside the checkpoints
 _MARGIN_S = 120.0  # the last request of a commit may begin just before its time is over
 _LOOK_S = 1.0
+_TRIES = 5  # against others that come and go just now
 _MAX_BYTES = 64 << 10
 
 Purpose = Literal["commit", "removal"]
@@ -75,28 +76,36 @@ class Reservations:
         while True:
             ours = Reservation(step, run, new_nonce(), purpose, lease_s, _host(), process_of(os.getpid()))
             until_s = time.monotonic() + lease_s
-            if self._objects.create(self._key(step), msgspec.json.encode(ours)):
-                return Held(ours, True, until_s)
-            found = self.look(step)
+            found = self._try(ours)
+            if isinstance(found, bool):
+                return Held(ours, found, until_s)
+            if attempts.left_s <= _LOOK_S:
+                raise CheckpointError(f"{self._url / checkpoint_name(step)} {found}")
+            if not waiting:
+                waiting = True
+                log.info("step %d of %s %s: waiting", step, self._url, found)
+            time.sleep(_LOOK_S)
+
+    def _try(self, ours: Reservation) -> bool | str:
+        """Whether it was free, or taken over, or what is in the way."""
+        key, data = self._key(ours.step), msgspec.json.encode(ours)
+        for _ in range(_TRIES):
+            if self._objects.create(key, data):
+                return True
+            found = self.look(ours.step)
             if found is None:
                 continue  # released just now
             holder, about = found
             # A saver that was killed goes on with its run, and is the only one that does.
-            if (holder.run == run and purpose == "commit" == holder.purpose) or self.is_free(holder, about.modified_s):
-                if self._objects.replace(self._key(step), msgspec.json.encode(ours), about):
-                    return Held(ours, False, until_s)
-                continue  # another one was quicker
-            left_s = attempts.left_s
-            if left_s <= _LOOK_S:
-                raise CheckpointError(
-                    f"{self._url / checkpoint_name(step)} is reserved by another saver (run {holder.run}, process "
-                    f"{holder.process.pid}, {holder.purpose}); if that is dead, it is free at most "
-                    f"{holder.lease_s + _MARGIN_S:g} s after it began"
+            goes_on = holder.run == ours.run and ours.purpose == "commit" == holder.purpose
+            if not goes_on and not self.is_free(holder, about.modified_s):
+                return (
+                    f"is reserved by another saver (run {holder.run}, process {holder.process.pid}, {holder.purpose}); "
+                    f"if that is dead, it is free at most {holder.lease_s + _MARGIN_S:g} s after it began"
                 )
-            if not waiting:
-                waiting = True
-                log.info("step %d of %s is reserved by run %s: waiting for it", step, self._url, holder.run)
-            time.sleep(_LOOK_S)
+            if self._objects.replace(key, data, about):
+                return False
+        return f"is taken and free in turns: others want it too, or the store at {self._url} is not consistent"
 
     def release(self, held: Held) -> None:
         if held.expired:  # it may be another's by now

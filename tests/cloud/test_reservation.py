@@ -140,6 +140,22 @@ def test_what_is_none_of_ours_is_named(reservations: Reservations, objects: Obje
         take(reservations)
 
 
+def test_a_store_that_contradicts_itself_holds_up_nobody(
+    reservations: Reservations, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that the object is there, and that it is not."""
+    asked: list[str] = []
+
+    def there(self: Objects, key: str, data: bytes) -> bool:
+        asked.append(key)
+        return False
+
+    monkeypatch.setattr(Objects, "create", there)
+    with pytest.raises(CheckpointError, match="is taken and free in turns"):
+        take(reservations)
+    assert 1 <= len(asked) < 10
+
+
 class Killed(BaseException):
     """What a kill looks like from inside."""
 
