@@ -131,7 +131,7 @@ def unfinished_uploads(objects: Objects, url: Url) -> list[Upload]:
             log.warning("unfinished uploads cannot be collected, give the bucket a lifecycle rule that does: %s", error)
             return found
         found += [each for each in uploads if not url.key or each.key.startswith(f"{url.key}/")]
-        if markers is None:
+        if markers is None or markers == (query.get("key-marker"), query.get("upload-id-marker")):
             return found
         query = {**query, "key-marker": markers[0], "upload-id-marker": markers[1]}
 
