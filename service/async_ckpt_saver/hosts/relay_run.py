@@ -142,10 +142,11 @@ class RelayRun:
     def died(self, rank: int) -> None:
         """The kernel says so: its cells are what it said."""
         log.info("rank %d of %s is gone", rank, self.image.directory)
-        self._leaving.add(rank)
-        if rank not in self._over:
-            self._catch_up(rank, None)
-            self._out[rank].add(Leave())
+        if rank not in self._leaving:  # else its goodbye says it
+            self._leaving.add(rank)
+            if rank not in self._over:
+                self._catch_up(rank, None)
+                self._out[rank].add(Leave())
         self._maybe_end()
         self.pump()
 
