@@ -180,9 +180,11 @@ class Cluster:
         self._size = hosts
         self._shared_tmp = shared_tmp
         self._closing = contextlib.ExitStack()
+        self._networks: set[str] = set()
 
     def __enter__(self) -> Cluster:
         with contextlib.ExitStack() as stack:
+            stack.callback(self._end)
             self._start(stack)
             self._closing = stack.pop_all()
         return self
@@ -193,9 +195,8 @@ class Cluster:
         with self._closing:
             if kind is None:
                 self.quiet()
-        networks = self._networks & _made
-        until(lambda: not left(networks), "all processes of the hosts are gone")
-        _made.difference_update(networks)
+            elif isinstance(error, AssertionError):
+                error.args = (f"{error}\n{self.logs()}",)
 
     def quiet(self, timeout_s: float = 40.0) -> None:
         """Every saver has ended by itself, and left nothing in shared memory."""
@@ -249,6 +250,11 @@ class Cluster:
 
     # --- setting up ------------------------------------------------------------------------------------------------
 
+    def _end(self) -> None:
+        """The kernel gives the numbers of namespaces away again, also to other sessions of tests."""
+        until(lambda: not left(self._networks), "all processes of the hosts are gone")
+        _made.difference_update(self._networks)
+
     def _start(self, stack: contextlib.ExitStack) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = self.folder / "hosts"
@@ -261,7 +267,7 @@ class Cluster:
         own = os.readlink("/proc/self/ns/net")
         path = f"/proc/{self._switch.pid}/ns/net"
         until(lambda: os.readlink(path) != own, "the switch")
-        self._networks = {os.readlink(path)}
+        self._networks.add(os.readlink(path))
         _made.update(self._networks)
         for network, prefix in NETWORKS.items():
             self._switch_ip("link", "add", "name", network, "type", "bridge")
