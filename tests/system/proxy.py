@@ -1,7 +1,7 @@
 """A slow wire: `proxy.py HOST PORT TO_HOST TO_PORT DELAY_S FOLDER`. Run as a script, it imports the standard library.
 
 Every chunk arrives DELAY_S later than it would. FOLDER/order holds a number: of what clients have sent, no more bytes
-than that pass, and FOLDER/held is there once more would; what is held is lost with its sender, and FOLDER/lost is there
+than that pass, and FOLDER/held is there once more would; what is held is lost with either end, and FOLDER/lost is there
 then. FOLDER/passed says how many have passed.
 """
 
@@ -77,11 +77,14 @@ class Proxy:
             room = int(order) - self._passed if order else _CHUNK_BYTES
             if room > 0:
                 return room
-            if reading.done():
+            try:
+                if reading.done():
+                    raise ConnectionResetError
+                (self._folder / "held").touch()
+                await asyncio.sleep(_LOOK_S)
+            except (ConnectionResetError, asyncio.CancelledError):  # the sender is gone, or who was to get it
                 (self._folder / "lost").touch()
-                raise ConnectionResetError
-            (self._folder / "held").touch()
-            await asyncio.sleep(_LOOK_S)
+                raise
 
     def _note(self) -> None:
         new = self._folder / "passed.new"
