@@ -203,7 +203,7 @@ _ALL: tuple[Callable[[Path], None], ...] = (  # those that take longest first
     another_model_on_another_host,
     a_notice_to_end_on_another_host,
 )
-_SLOW = ("restarted_by_torchrun", "another_model_on_another_host", "rank_0_cannot_take_part")
+_SLOW = ("restarted_by_torchrun", "with_another_key", "another_model_on_another_host", "rank_0_cannot_take_part")
 SCENARIOS: dict[str, Scenario] = {
     **{scenario.__name__: scenario for scenario in _ALL},
     **{f"rank_{who}_cannot_take_part": lambda folder, who=who: one_that_cannot_take_part(folder, who) for who in "02"},
@@ -221,6 +221,6 @@ def results() -> dict[str, str]:
 def test_hosts(results: dict[str, str], selected: set[str], folder: Path, scenario: str) -> None:
     if not results:
         chosen = {name: SCENARIOS[name] for name in SCENARIOS if name in selected}
-        results.update(run_together(chosen, folder, at_once=7))
+        results.update(run_together(chosen, folder, at_once=9))
     if results[scenario]:
         pytest.fail(results[scenario], pytrace=False)

@@ -172,7 +172,6 @@ _FAST: dict[str, Callable[[Path], None]] = {
     "the_relay_is_killed": lambda folder: a_saver_is_killed(folder, 1, 2),
     "ranks_of_a_host_are_killed": ranks_of_a_host_are_killed,
     "a_host_is_lost": lambda folder: a_host_is_lost(folder, silently=True),
-    "a_cut_for_good": a_cut_for_good,
     **({} if missing("cc") else {"all_is_lost_but_the_leads_memory": all_is_lost_but_the_leads_memory}),
 }
 _SLOW: dict[str, Callable[[Path], None]] = {
@@ -180,6 +179,7 @@ _SLOW: dict[str, Callable[[Path], None]] = {
     "the_relay_is_killed_ten_times": lambda folder: a_saver_is_killed(folder, 1, 10),
     "both_savers_are_killed_five_times": lambda folder: both_savers_are_killed(folder, 5),
     "a_host_falls": lambda folder: a_host_is_lost(folder, silently=False),
+    "a_cut_for_good": a_cut_for_good,
 }
 SCENARIOS: dict[str, Scenario] = {**_FAST, **_SLOW}
 
