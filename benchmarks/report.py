@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import scale
+from .big_jobs import big_jobs
 from .catalogue import MAIN_SHAPE
 from .goals import verdicts
 from .picture import picture
@@ -138,6 +139,7 @@ def main() -> None:
     if scaled.exists():
         rows = json.loads(scaled.read_text())["rows"]
         put_between(_DOCS / "scale.md", "benchmarks.scale", "\n".join(["```", *scale.table(rows), "```"]))
+        put_between(_DOCS / "scale.md", "big jobs", big_jobs(run, rows))
 
 
 if __name__ == "__main__":

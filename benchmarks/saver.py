@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,7 @@ from typing import Any
 import zmq
 
 from async_ckpt.core.protocol import Ping, Pong, decode_from_saver, encode
+from async_ckpt_saver.writer import CommitJob, commit
 
 from . import measure, scale
 
@@ -33,6 +36,7 @@ def saver_section(*, quick: bool) -> dict[str, Any]:
         "idle_cpu": idle_cpu(1.0 if quick else _IDLE_S),
         "idle_ranks": _IDLE_RANKS,
         "memory": memory,
+        "commit_cpu_s_a_byte": commit_cpu(1 << 20 if quick else 128 << 20),
     }
 
 
@@ -57,6 +61,18 @@ def spawn() -> float:
         process.terminate()
         process.wait()
     return taken_s
+
+
+def commit_cpu(nbytes: int, times: int = 5) -> float:
+    """Seconds of CPU, all threads, for a byte that is committed: hashed twice and written."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as image, tempfile.TemporaryDirectory(dir=Path.cwd()) as directory:
+        (Path(image) / "data").write_bytes(os.urandom(1 << 20) * (nbytes >> 20))
+        used_s = []
+        for step in range(times):
+            started_s = time.process_time()
+            commit(CommitJob(directory, step, image, ("data",)))
+            used_s.append(time.process_time() - started_s)
+    return statistics.median(used_s) / nbytes
 
 
 def idle_cpu(seconds: float) -> float:

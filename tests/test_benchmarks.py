@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.big_jobs import big_jobs
 from benchmarks.goals import Verdict
 from benchmarks.report import put_between, render
 
@@ -26,6 +27,8 @@ def test_the_pages_show_the_last_run() -> None:
     """`python -m benchmarks.report` puts there what `make bench` has left in benchmarks/results."""
     run = json.loads((HOME / "benchmarks" / "results" / "bench.json").read_text())
     assert render(run) in (HOME / "docs" / "benchmarks.md").read_text()
+    rows = json.loads((HOME / "benchmarks" / "results" / "scale.json").read_text())["rows"]
+    assert big_jobs(run, rows) in (HOME / "docs" / "scale.md").read_text()
 
 
 def test_text_is_put_between_marks(tmp_path: Path) -> None:
