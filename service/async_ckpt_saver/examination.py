@@ -79,7 +79,7 @@ def _left_in_shared_memory() -> Iterator[Finding]:
     if not home.is_dir():
         yield Finding("slots", "ok", "none in shared memory")
         return
-    for run in sorted(home.iterdir()):
+    for run in sorted(path for path in home.iterdir() if path.is_dir()):  # a file is no run: see core/slots.py
         pids = _mapped_by(run)
         total = tree_bytes(run)
         if pids:

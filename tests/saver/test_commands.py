@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from async_ckpt.core.slots import links_path, shm_root
 from async_ckpt_saver import exit_codes
 from async_ckpt_saver.cli import build_parser, main
 from async_ckpt_saver.commands import VERBS, load
@@ -206,6 +207,21 @@ def test_doctor_examines_and_leaves_nothing(tmp_path: Path, capsys: pytest.Captu
     assert "no saver holds it" in capsys.readouterr().out
     assert status_of("doctor", "--bind", "ipc:///" + "x" * 200) == 5
     assert "too long for a Unix socket" in capsys.readouterr().out
+
+
+def test_doctor_takes_only_runs_for_slots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a saver of several hosts notes beside them is no memory that somebody left."""
+    links, run = links_path(f"ipc://{tmp_path}/s"), shm_root() / f"none-{tmp_path.name}"
+    run.mkdir(parents=True, mode=0o700)
+    try:
+        links.write_bytes(b"{}")
+        status_of("doctor", "--json")
+        said = [each["found"] for each in json.loads(capsys.readouterr().out) if each["check"] == "slots"]
+    finally:
+        links.unlink(missing_ok=True)
+        run.rmdir()
+    assert len([found for found in said if str(run) in found]) == 1
+    assert [found for found in said if str(links) in found] == []
 
 
 def test_completion_knows_verbs_and_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         return table(("file", ">size", ">holds", "dtypes"), rows)
 
     print(f"step {found.step}, {age(wall_clock_s() - found.created_unix_s)} old, {size(found.bytes)}, "
-          f"written by {found.world} ranks")  # fmt: skip
+          f"written by {found.world} rank{'s' if found.world > 1 else ''}")  # fmt: skip
     print(files(found))
     if options.tensors:
         rows = [(each.name, each.dtype, list(each.shape), each.bytes) for each in found.tensors]
