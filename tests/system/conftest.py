@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def _nothing_left() -> Iterator[None]:
 @pytest.fixture
 def folder(request: pytest.FixtureRequest) -> Path:
     """A new folder with a short name: paths of sockets are limited to 100 bytes."""
-    path = home() / f"t{len(list(home().iterdir()))}"
+    names = (home() / f"t{number}" for number in itertools.count())
+    path = next(name for name in names if not name.exists())  # what else lies there comes and goes
     path.mkdir()
     return path
 
