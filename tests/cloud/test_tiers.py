@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.location import Url
 from async_ckpt.core.objects import Objects
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt.core.slots import read_journals
-from async_ckpt_saver.object_collection import unfinished_uploads
+from async_ckpt_saver.multipart import upload_image_file
+from async_ckpt_saver.object_collection import abort_uploads, unfinished_uploads
 from tests.cloud.proxy import Proxy
 from tests.cloud.tiered import FILE, Tiered
 from tests.cloud.weed import Weed
+from tests.saver.committing import ADAPTER, make_image
 from tests.saver.saver_process import Peer, until
 
 _MIDDLE = 12 << 20  # bytes after which an upload is in the middle
@@ -201,3 +205,23 @@ def test_a_mistake_in_how_the_store_is_used_is_told_at_once(tiered: Tiered) -> N
         tiered.proxy.say("skewed")
         assert "this host's clock differs from the store's" in tiered.refused(peer)
         assert not tiered.local.exists()
+
+
+def test_a_file_that_is_cut_off_while_it_is_copied_fails_the_upload_and_nothing_else(
+    url: Url, objects: Objects, folder: Path
+) -> None:
+    """Mapped, it would be SIGBUS, and so would an error of the disk."""
+    path = make_image(folder / "image", adapter_bytes=24 << 20) / ADAPTER
+    parts = 0
+
+    def before_part() -> None:
+        nonlocal parts
+        parts += 1
+        if parts == 2:
+            os.truncate(path, 1 << 20)
+
+    with pytest.raises(CheckpointError, match="was cut off while it was read"):
+        upload_image_file(objects, (url / "cut").key, str(path.parent), ADAPTER, before_part, mapped=False)
+    assert parts == 2
+    assert objects.walk(url.key) == {}
+    abort_uploads(objects, url)

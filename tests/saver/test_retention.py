@@ -158,6 +158,12 @@ def test_applying_a_policy_removes_what_it_lets_go(run: Path) -> None:
     assert apply_policy(run / "missing", Policy(keep_last=1)) == []
 
 
+def test_what_is_held_stays_until_it_is_not(run: Path) -> None:
+    assert apply_policy(run, Policy(keep_last=1), {1, 3}) == [2, 4]
+    assert steps_in(run) == [1, 3, 5]
+    assert apply_policy(run, Policy(keep_last=1)) == [1, 3]
+
+
 def test_only_our_own_checkpoints_are_removed(run: Path, tmp_path: Path) -> None:
     (run / "checkpoint-0").mkdir()
     (run / "checkpoint-0" / "trainer_state.json").write_bytes(b"{}")

@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -152,6 +153,31 @@ async def test_what_is_held_from_retention_goes_when_it_was_copied(endpoint: str
         tiered.passing.set()
         assert (await tiered.uploaded(1)).outcome == "uploaded"
         assert (await tiered.uploaded(3)).outcome == "uploaded"
+        await tiered.saver.until(lambda: (tiered.here(), tiered.there()) == ([3], [3]), "retention in both")
+        tiered.leave()
+        await tiered.saver.until(tiered.saver.gone, "everything gone")
+
+
+@scenario
+async def test_what_waits_for_a_thread_is_held_as_well(endpoint: str, root: Path) -> None:
+    """Nothing reads it yet: all threads are busy with other directories."""
+    with Tiered(endpoint, root, Policy(keep_last=1)) as tiered:
+        await tiered.start()
+        await tiered.saver.until(lambda: not tiered.saver.hub.uploading, "both tiers were compared")
+        free, run = asyncio.Event(), tiered.saver.services.in_upload_thread
+
+        async def later(work: Callable[[], Any]) -> Any:
+            await free.wait()
+            return await run(work)
+
+        tiered.saver.services.in_upload_thread = later  # type: ignore[method-assign]
+        for step in (1, 2, 3):
+            await tiered.commit(step)
+        await tiered.saver.until(lambda: tiered.here() == [1, 3], "2 gone, 1 held")
+        assert not tiered.begun.is_set()
+        free.set()
+        for step in (1, 3):
+            assert (await tiered.uploaded(step)).outcome == "uploaded"
         await tiered.saver.until(lambda: (tiered.here(), tiered.there()) == ([3], [3]), "retention in both")
         tiered.leave()
         await tiered.saver.until(tiered.saver.gone, "everything gone")
