@@ -131,10 +131,10 @@ class Rank:
     """One rank of `world`: a process that lives, and what it would say."""
 
     def __init__(
-        self, host: Host, rank: int, world: int, directory: Path, *, timeout_s: float = 60.0, replicas: int = 0
+        self, host: Host, rank: int, world: int, directory: Path, *, timeout_s: float = 60.0, **options: Any
     ) -> None:
         self.host, self.rank, self.world, self.directory = host, rank, world, directory
-        self._options = Options(str(directory), world, 2, Policy(), timeout_s, replicas=replicas)
+        self._options = Options(str(directory), world, 2, Policy(), timeout_s, **options)
         self._seq = 0
         self._child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
         self.peer = Peer(host.endpoint)
@@ -227,11 +227,11 @@ class Job:
 
     def __init__(
         self, hosts: list[Host], directory: Path, *, plain: bool = False, job: str = "job", timeout_s: float = 60.0,
-        replicas: int = 0,
+        **options: Any,
     ) -> None:  # fmt: skip
         self.directory = directory
         self.ranks = [
-            Rank(host, n, len(hosts), directory, timeout_s=timeout_s, replicas=replicas) for n, host in enumerate(hosts)
+            Rank(host, n, len(hosts), directory, timeout_s=timeout_s, **options) for n, host in enumerate(hosts)
         ]
         self.lead = self.ranks[0].lead(plain=plain)
         self.wire = Wire(self.lead.endpoint)
