@@ -10,6 +10,7 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.location import Location, Url, location_of
 
 from .local_storage import LocalStorage
+from .settings import texts_of
 from .storage import Storage
 
 SEPARATOR = ","
@@ -25,8 +26,9 @@ class Roots:
 
     @classmethod
     def parse(cls, text: str) -> Roots:
-        """Several are separated by commas. Raises CheckpointError for a URL that names no place."""
-        return cls(location_of(each) for each in text.split(SEPARATOR) if each)
+        """Several are separated by commas; one within a name has a backslash before it. Raises CheckpointError for a
+        URL that names no place."""
+        return cls(location_of(each) for each in texts_of(text))
 
     def __str__(self) -> str:
         return SEPARATOR.join(map(str, self.all))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -61,8 +62,16 @@ def _text(value: object) -> str:
 
 
 def _texts(value: object) -> str:
-    """One, or a list: several are joined by commas."""
-    return ",".join(map(_text, value)) if isinstance(value, list) and value else _text(value)
+    """One, or a list: several are joined by commas, and a comma within one has a backslash before it."""
+    if isinstance(value, list) and value:
+        return ",".join(_text(each).replace("\\", "\\\\").replace(",", "\\,") for each in value)
+    return _text(value)
+
+
+def texts_of(joined: str) -> list[str]:
+    """The inverse of it; empty ones are left out."""
+    found = re.findall(r"(?:\\.|[^,\\])+", joined, re.DOTALL)
+    return [re.sub(r"\\(.)", r"\1", each, flags=re.DOTALL) for each in found]
 
 
 def _seconds(value: object) -> float:
@@ -222,6 +231,8 @@ def _check_document(document: Mapping[str, object], file: str) -> dict[str, Any]
             close = difflib.get_close_matches(key, known, 1)
             advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
             raise SettingsError(f"{file}: there is no setting {key!r}: {advice}")
+        if known[key].repeatable and isinstance(value, str) and value:
+            value = [value]  # a file has lists for several
         found[key] = _convert(known[key], value, f"{file}: {key}")
     return found
 

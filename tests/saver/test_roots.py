@@ -9,6 +9,7 @@ import pytest
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt_saver.local_storage import LocalStorage
 from async_ckpt_saver.roots import Roots
+from async_ckpt_saver.settings import ROOT, resolve
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,14 @@ def test_each_place_has_its_storage(tmp_path: Path) -> None:
 def test_a_saver_without_a_root_is_none() -> None:
     with pytest.raises(CheckpointError, match="at least one root"):
         Roots.parse(",")
+
+
+def test_a_name_may_have_commas_and_backslashes() -> None:
+    """As those of a sweep have: lr=1e-4,wd=0.1."""
+    strange = ["/data/lr=1,wd=2", "/data/a\\b", "/data/c,", "/data/\\,d", "s3://bucket/runs/x=1,y=2"]
+    flags = resolve([ROOT], {"root": strange}, {}, {})["root"].value
+    assert [str(each) for each in Roots.parse(flags).all] == strange
+    from_file = resolve([ROOT], {}, {}, {"root": strange[0]}, "f")["root"].value
+    assert Roots.parse(from_file).all == [Path(strange[0])]
+    from_environment = resolve([ROOT], {}, {"ASYNC_CKPT_ROOT": "/a,/b\\,c"}, {})["root"].value
+    assert Roots.parse(from_environment).all == [Path("/a"), Path("/b,c")]
