@@ -145,12 +145,9 @@ class Uploader:
             self._chronicle.dropped(step, ended.reason)
             log.warning("step %d of %s is not uploaded: %s", step, self._directory, error)
         except Exception as error:  # whatever it is, the next one is tried
-            if not isinstance(error, (CheckpointError, OSError)):
-                log.exception("upload of step %d failed", step)
             ended = self._queue.failed(str(error) or repr(error))
             self._chronicle.failed(step, ended.reason, error)
-            log.error("step %d of %s is not uploaded, it is tried again after the next commit: %s",
-                      step, self._directory, ended.reason)  # fmt: skip
+            _log(error, f"step {step} of {self._directory} is not uploaded, it is tried again after the next commit")
         else:
             ended = self._queue.done()
             self._chronicle.uploaded(step, result.bytes)
@@ -164,15 +161,15 @@ class Uploader:
             await self.retain(lambda held: self._first.retain(policy, held))
             if uploaded:
                 await self._services.in_upload_thread(lambda: self._second.retain(policy))
-        except (OSError, CheckpointError) as error:
-            log.error("retention in %s and %s failed: %s", self._directory, self.url, error)
+        except Exception as error:  # whatever it is, the next upload is made
+            _log(error, f"retention in {self._directory} and {self.url} failed")
 
     async def _compare(self) -> None:
         try:
             there, missing = await self._services.in_upload_thread(self._difference)
-        except (OSError, CheckpointError) as error:
+        except Exception as error:  # whatever it is, commits are uploaded
             self._incomparable = True
-            log.error("%s and %s cannot be compared: %s", self._directory, self.url, error)
+            _log(error, f"{self._directory} and {self.url} cannot be compared")
             return
         self._compared = True
         self._queue.compared(there, missing)
@@ -226,6 +223,12 @@ class Uploader:
         union = [(each.step, each.metrics) for each in {**there, **here}.values()]
         going = {*expired(union, self._policy)}
         return {*there}, sorted(here.keys() - there.keys() - going, reverse=True)
+
+
+def _log(error: Exception, what: str) -> None:
+    """With its traceback if nobody foresaw it."""
+    log.error("%s: %s", what, str(error) or repr(error),
+              exc_info=None if isinstance(error, (CheckpointError, OSError)) else error)  # fmt: skip
 
 
 def _manifest_at(checkpoint: Location) -> Manifest | None:
