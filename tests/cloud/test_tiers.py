@@ -127,7 +127,6 @@ def test_a_saver_that_is_stopped_leaves_the_upload_to_the_next_one_after_its_gra
         tiered.leave()
 
 
-@pytest.mark.full  # the client itself tries each request again for some seconds
 def test_a_store_that_is_full_fails_the_upload_and_no_save(tiered: Tiered) -> None:
     with tiered.saver(), Peer(tiered.endpoint) as peer:
         tiered.start(peer, policy=Policy(keep_every=2))
