@@ -129,10 +129,18 @@ class RelayDesk:
         if run is not None and run.started:
             run.died(run.ranks[identity])
             return
-        self._attaching.pop(identity, None)
+        attaching = self._attaching.pop(identity, None)
+        if attaching is not None and not self._incarnation:
+            self._died_unheard(identity, attaching.message)
+            return
         self._link.say(Left(identity=identity))
         if run is not None:
             self._abandon(run, f"rank {run.ranks[identity]} died while attaching")
+
+    def _died_unheard(self, identity: bytes, message: Register) -> None:
+        """The lead has not been reached yet. Told nothing, it would wait for this rank as for one that is late."""
+        self.withdraw(identity, Refuse(options=message.options, job=message.job, rank=message.rank,
+                                       process=message.process, reason="it died while attaching"))  # fmt: skip
 
     def launcher_gone(self, run_path: Path) -> None:
         """No image outlives its ranks here."""

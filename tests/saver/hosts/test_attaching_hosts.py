@@ -3,6 +3,7 @@ ranks that are left attach."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from async_ckpt.core.protocol import (
     Started,
 )
 from async_ckpt.core.retention_policy import Policy
-from tests.saver.hosts.two_hosts import FILE, Job, Rank, hosts, possible
+from tests.saver.hosts.two_hosts import FILE, Job, Rank, hosts, possible, status_of
 from tests.saver.saver_process import until
 
 pytestmark = pytest.mark.skipif(not possible(), reason="needs the right to make mount namespaces (root)")
@@ -113,10 +114,30 @@ def test_a_rank_that_dies_while_attaching_ends_it_for_the_other_host(folder: Pat
         try:
             far.register(near.lead())
             near.register()
-            until(lambda: near.peer.alive().known, "rank 0 is registered")
-            until(lambda: "relay" in made[0].saver.said(), "the relay is connected")
+            until(lambda: [host.ranks for host in status_of(made[0])] == [1], "the lead knows of rank 1")
             far.kill()
             assert "rank 1 died while attaching" in near.peer.hear(Refused).reason
+        finally:
+            near.close()
+            far.close()
+
+
+def test_a_rank_that_dies_before_its_host_reaches_the_lead_ends_it_as_well(folder: Path) -> None:
+    with hosts(folder, folder / "root") as made:
+        near, far = (Rank(host, n, 3, folder / "root/run") for n, host in enumerate(made))
+        try:
+            lead = near.lead()
+            made[0].saver.process.send_signal(signal.SIGSTOP)
+            try:
+                far.register(lead)
+                until(lambda: far.peer.alive().known, "the relay knows of rank 1")
+                far.kill()
+                for _ in range(2):  # by then the relay has looked at its processes
+                    far.peer.alive()
+            finally:
+                made[0].saver.process.send_signal(signal.SIGCONT)
+            near.register()
+            assert "rank 1 cannot take part: it died while attaching" in near.peer.hear(Refused).reason
         finally:
             near.close()
             far.close()

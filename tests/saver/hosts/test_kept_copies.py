@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from async_ckpt.core.manifest import MANIFEST_NAME
-from async_ckpt.core.protocol import Bye, Refused, Resume, Status, StatusWanted
+from async_ckpt.core.protocol import Bye, Refused, Resume
 from async_ckpt.core.slots import Phase
-from async_ckpt_saver.status import HostStatus, decode_status
 from tests.saver.hosts.test_kills import phase
-from tests.saver.hosts.two_hosts import FILE, Host, Job, content, hosts, possible
-from tests.saver.saver_process import Peer, until
+from tests.saver.hosts.two_hosts import FILE, Host, Job, content, hosts, possible, status_of
+from tests.saver.saver_process import until
 
 pytestmark = pytest.mark.skipif(not possible(), reason="needs the right to make mount namespaces (root)")
 
@@ -47,12 +46,6 @@ def goodbye(job: Job, *made: Host) -> None:
     for rank in job.ranks:
         rank.peer.say(Bye(seq=99))
     until(lambda: not any(host.runs() or host.copies() or host.copies(whole=False) for host in made), "nothing left")
-
-
-def status_of(host: Host) -> list[HostStatus]:
-    with Peer(host.endpoint) as peer:
-        peer.say(StatusWanted())
-        return decode_status(peer.hear(Status).report).hosts
 
 
 @contextlib.contextmanager

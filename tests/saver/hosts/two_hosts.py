@@ -38,11 +38,14 @@ from async_ckpt.core.protocol import (
     Settled,
     Staged,
     Started,
+    Status,
+    StatusWanted,
 )
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt.core.slots import Phase, SlotPaths, StateFile
 from async_ckpt_saver.hosts.spans import spans_of
+from async_ckpt_saver.status import HostStatus, decode_status
 from tests.saver.hosts.wire import Wire
 from tests.saver.saver_process import Peer, SaverProcess, until
 
@@ -221,6 +224,12 @@ class Rank:
         if self._child.stdin is not None:
             self._child.stdin.close()
         self.peer.__exit__(None, None, None)
+
+
+def status_of(host: Host) -> list[HostStatus]:
+    with Peer(host.endpoint) as peer:
+        peer.say(StatusWanted())
+        return decode_status(peer.hear(Status).report).hosts
 
 
 class Job:
