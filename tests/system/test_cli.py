@@ -94,7 +94,7 @@ def status_of_a_daemon(folder: Path) -> None:
             watching = subprocess.Popen(
                 [sys.executable, "-m", "async_ckpt_saver", "status", "--json", "--watch", *asked],
                 env=environment(), stdout=subprocess.PIPE, text=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's background job
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
             )  # fmt: skip
             with watching:
                 assert watching.stdout is not None
