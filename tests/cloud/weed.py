@@ -106,6 +106,13 @@ class Weed:
             **changes,
         }
 
+    def mount_command(self, folder: Path) -> list[str]:
+        """What mounts all that the filer has."""
+        filer, filer_grpc = self._ports[6:]
+        cache = self.folder / f"cache-{folder.name}"
+        return [_binary(), f"-logdir={self.folder}", "mount", f"-filer=127.0.0.1:{filer}.{filer_grpc}",
+                f"-dir={folder}", f"-cacheDir={cache}"]  # fmt: skip
+
     def make_bucket(self, name: str) -> None:
         """PUT /NAME, signed by a store that takes the host itself for its bucket."""
         from datetime import timedelta
