@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +15,8 @@ from async_ckpt.core.layout import Extent
 from async_ckpt.core.region import Region
 from async_ckpt.core.slots import SlotPaths, StateFile
 
+from .pages import Span, page_runs, span_of
+from .pinning import MAX_RUNS, Pinned
 from .sharding import Shard
 
 log = logging.getLogger(__name__)
@@ -52,16 +53,19 @@ def image_view(image: torch.Tensor, extent: Extent, dtype: torch.dtype, region: 
 
 
 class Mapping(NamedTuple):
-    """A mapped file, its `bytes`, and where views of it lie (address, bytes) whose pages are at hand."""
+    """A mapped file, its `bytes`, where views of it lie (address, bytes) whose pages are at hand, and which of its
+    pages are page-locked."""
 
     mapped: mmap.mmap
     bytes: torch.Tensor
     at_hand: set[tuple[int, int]]
+    pinned: Pinned
 
     def fetch(self, views: Sequence[torch.Tensor]) -> None:
         """Map the pages of `views` that are not at hand."""
-        missing = [view for view in views if _place(view) not in self.at_hand]
-        populate(self.mapped, self.bytes.data_ptr(), missing, POPULATE_READ)
+        base = self.bytes.data_ptr()
+        missing = [span_of(view, base) for view in views if _place(view) not in self.at_hand]
+        populate(self.mapped, page_runs(missing), POPULATE_READ)
 
 
 class Slot:
@@ -73,7 +77,7 @@ class Slot:
         self.state = StateFile(self.paths.state)
         self._maps: dict[str, mmap.mmap] = {}
         self._images: dict[str, torch.Tensor] = {}
-        self._pinned: list[int] = []
+        self._pinned = Pinned()
         for path in {part.path for part in parts}:
             with (self.paths.image / path).open("r+b") as file:
                 self._maps[path] = mmap.mmap(file.fileno(), 0)
@@ -81,30 +85,30 @@ class Slot:
         self.targets = [
             image_view(self._images[part.path], part.extent, part.shard.dtype, part.shard.region) for part in parts
         ]
+        self._own: dict[str, list[Span]] = {path: [] for path in self._maps}
+        for part, target in zip(parts, self.targets, strict=True):
+            self._own[part.path].append(span_of(target, self._images[part.path].data_ptr()))
         for path, mapped in self._maps.items():
-            own = [target for part, target in zip(parts, self.targets, strict=True) if part.path == path]
-            populate(mapped, self._images[path].data_ptr(), own, POPULATE_WRITE)
+            populate(mapped, page_runs(self._own[path]), POPULATE_WRITE)
 
     def mapping(self, path: str) -> Mapping | None:
         """The image's file `path` if it is mapped here."""
         if path not in self._images:
             return None
-        return Mapping(self._maps[path], self._images[path], {_place(target) for target in self.targets})
+        return Mapping(self._maps[path], self._images[path], {_place(target) for target in self.targets}, self._pinned)
 
     def pin(self) -> None:
-        """Page-lock the image, so that the GPU copies into it without a bounce buffer and without stopping."""
+        """Page-lock what this rank owns of the image. Not the rest: other ranks lock theirs, and where a host has only
+        a part of the image, memory would be taken for all of it."""
         for path, image in self._images.items():
-            result = _cudart().cudaHostRegister(image.data_ptr(), image.numel(), 0)
-            if int(result) != 0:
-                _forget_cuda_error()
-                log.warning("cannot pin %s (CUDA error %s): saves will be slower", path, int(result))
-            else:
-                self._pinned.append(image.data_ptr())
+            self._pinned.register(image.data_ptr(), page_runs(self._own[path], MAX_RUNS), path)
+
+    def is_pinned(self, view: torch.Tensor) -> bool:
+        """Whether the GPU copies into `view` by itself."""
+        return self._pinned.holds(view)
 
     def close(self) -> None:
-        for pointer in self._pinned:
-            _cudart().cudaHostUnregister(pointer)
-        self._pinned.clear()
+        self._pinned.close()
         # The views keep the mapping alive until the last of them is gone; the kernel frees it then.
         self.targets.clear()
         self._images.clear()
@@ -112,41 +116,15 @@ class Slot:
         self.state.close()
 
 
-def populate(mapped: mmap.mmap, base: int, views: Sequence[torch.Tensor], advice: int) -> None:
-    """Map the pages of `views`, which lie in `mapped` at address `base`, all at once: a copy would otherwise take a
-    page fault for each of them."""
-    page = mmap.PAGESIZE
-    start = stop = 0
-    for begin, end in [*sorted(_span(view, base) for view in views if view.numel()), (len(mapped) + 2 * page, 0)]:
-        if begin > stop + page:
-            first = start // page * page
-            try:
-                mapped.madvise(advice, first, stop - first)
-            except OSError as error:
-                log.debug("the first copy will be slower, pages cannot be mapped ahead: %s", error)
-                return
-            start = begin
-        stop = max(stop, end)
+def populate(mapped: mmap.mmap, runs: Sequence[Span], advice: int) -> None:
+    """Map the pages of `runs`, all at once: a copy would otherwise take a page fault for each of them."""
+    for start, stop in runs:
+        try:
+            mapped.madvise(advice, start, stop - start)
+        except OSError as error:
+            log.debug("the first copy will be slower, pages cannot be mapped ahead: %s", error)
+            return
 
 
 def _place(view: torch.Tensor) -> tuple[int, int]:
     return view.data_ptr(), view.nbytes
-
-
-def _span(view: torch.Tensor, base: int) -> tuple[int, int]:
-    """The bytes [start, stop) from address `base` within which `view` lies: a rank's own part of a large tensor."""
-    start = view.data_ptr() - base
-    last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
-    return start, start + (last + 1) * view.element_size()
-
-
-def _forget_cuda_error() -> None:
-    """CUDA keeps the last error, and torch would raise it after its next kernel, far from here."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "libcudart" in line:
-            ctypes.CDLL(line.split(maxsplit=5)[5]).cudaGetLastError()
-            return
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from async_ckpt.core.region import Region
 
 from .fetched import Fetched, batches, runs_of
 from .mapped import Mapping, image_view
+from .pinning import Pinned
 from .sharding import Shard
 
 _SHOWN = 8  # differences listed before "and N more"
@@ -58,14 +60,13 @@ class OpenFile:
                 self.fetched = Fetched(path)
                 mapped = self.fetched.mapped
             else:
-                with path.open("rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                mapped = _map(path)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
         self.path = path
         layout = _parse(path, mapped)
         self.extents = {extent.spec.name: extent for extent in layout.extents}
-        self._mapping = mapping or Mapping(mapped, torch.frombuffer(mapped, dtype=torch.uint8), set())
+        self._mapping = mapping or _unpinned(mapped)
         self._image = self._mapping.bytes
 
     def differences(self, targets: Sequence[Target], *, ignore: str | None = None) -> list[str]:
@@ -85,16 +86,19 @@ class OpenFile:
 
     def read_into(self, targets: Sequence[Target]) -> None:
         """Copy every target's region into its shard: `differences` must have been empty."""
-        sources, destinations = [], []
-        for target in targets:
-            shard = target.shard
-            if shard.region.numel:
-                sources.append(image_view(self._image, self.extents[target.name], shard.dtype, shard.region))
-                destinations.append(shard.local())
+        wanted = [target for target in targets if target.shard.region.numel]
+        sources = [self._view(self._image, target) for target in wanted]
+        destinations = [target.shard.local() for target in wanted]
         if not destinations:
             return
         if self.fetched is None:
-            self._mapping.fetch(sources)
+            split = {index for index, source in enumerate(sources) if self._mapping.pinned.splits(source)}
+            self._mapping.fetch([source for index, source in enumerate(sources) if index not in split])
+            if split:
+                again = self._map_again()
+                for index in split:
+                    sources[index] = self._view(again.bytes, wanted[index])
+                again.fetch([sources[index] for index in split])
             with torch.no_grad():
                 torch._foreach_copy_(destinations, sources)
             return
@@ -103,6 +107,17 @@ class OpenFile:
         for batch in batches(spans):
             with self.fetched.holding([run for index in batch for run in spans[index]]), torch.no_grad():
                 torch._foreach_copy_([destinations[index] for index in batch], [sources[index] for index in batch])
+
+    def _view(self, image: torch.Tensor, target: Target) -> torch.Tensor:
+        return image_view(image, self.extents[target.name], target.shard.dtype, target.shard.region)
+
+    def _map_again(self) -> Mapping:
+        """The same file elsewhere, where none of its pages is locked: CUDA copies no memory of which a part is."""
+        try:
+            assert isinstance(self.path, Path)
+            return _unpinned(_map(self.path))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {self.path}: {error}") from error
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A whole tensor, copied."""
@@ -118,6 +133,15 @@ def mismatch(path: Location, differences: Sequence[str]) -> CheckpointError:
     more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     listed = "".join(f"\n  {line}" for line in differences[:_SHOWN])
     return CheckpointError(f"{path} does not fit what is attached; build it as it was when it was saved:{listed}{more}")
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _unpinned(mapped: mmap.mmap) -> Mapping:
+    return Mapping(mapped, torch.frombuffer(mapped, dtype=torch.uint8), set(), Pinned())
 
 
 def _parse(path: Location, mapped: mmap.mmap) -> FileLayout:
