@@ -5,8 +5,12 @@ Without one there is nothing to measure, and the report says so.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import async_ckpt
+from async_ckpt.launch import GRAPH_VARIABLE
 
 from .shapes import Subject
 
 _REPETITIONS = 9
+_FIRST = 6  # two slots, two saves of each tensor by tensor, and one by its graph
 
 
 def gpu_section(subject: Subject, folder: Path) -> dict[str, Any] | None:
@@ -26,19 +32,48 @@ def gpu_section(subject: Subject, folder: Path) -> dict[str, Any] | None:
     if not torch.cuda.is_available() or not tensors[0].is_cuda:
         return None
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    with async_ckpt.attach(subject.model, subject.optimizer, directory=folder) as ckpt:
+    with _graphs(False), async_ckpt.attach(subject.model, subject.optimizer, directory=folder / "direct") as ckpt:
         ckpt.save(1).wait()  # the first save makes the caching allocator's and the driver's own structures
-        found = [_one_save(ckpt, step) for step in range(2, 2 + _REPETITIONS)]
-        gap_s = _longest_gap(ckpt, 2 + _REPETITIONS)
+        direct = [_one_save(ckpt, step) for step in range(2, 2 + _REPETITIONS)]
+    free_bytes = torch.cuda.mem_get_info()[0]
+    with _graphs(True), async_ckpt.attach(subject.model, subject.optimizer, directory=folder / "graph") as ckpt:
+        for step in range(1, 1 + _FIRST):  # then both slots have their graphs
+            ckpt.save(step).wait()
+        later = range(1 + _FIRST, 1 + _FIRST + _REPETITIONS)
+        found = [_one_save(ckpt, step) for step in later]
+        gap_s = _longest_gap(ckpt, later.stop)
+        # Of the whole device: other processes' as well. The driver keeps graphs where torch does not count.
+        device_bytes = free_bytes - torch.cuda.mem_get_info()[0]
     return {
         "device": torch.cuda.get_device_name(),
         "bytes": nbytes,
         "pinned_bytes_per_s": _pinned_bandwidth(nbytes),
+        "direct_launch_s": [each["launch_s"] for each in direct],
+        "direct_copy_s": [each["copy_s"] for each in direct],
+        "direct_over_graph": _median(direct, "launch_s") / _median(found, "launch_s"),
         "launch_s": [each["launch_s"] for each in found],
         "copy_s": [each["copy_s"] for each in found],
+        "device_bytes": device_bytes,
         "allocated_bytes": max(each["allocated_bytes"] for each in found),
         "stream_gap_s": gap_s,
     }
+
+
+@contextlib.contextmanager
+def _graphs(wanted: bool) -> Iterator[None]:
+    """`attach` inside starts the copies of a save by one launch, or tensor by tensor."""
+    before = os.environ.get(GRAPH_VARIABLE)
+    os.environ[GRAPH_VARIABLE] = "1" if wanted else "0"
+    try:
+        yield
+    finally:
+        del os.environ[GRAPH_VARIABLE]
+        if before is not None:
+            os.environ[GRAPH_VARIABLE] = before
+
+
+def _median(saves: list[dict[str, float]], what: str) -> float:
+    return statistics.median(each[what] for each in saves)
 
 
 def _one_save(ckpt: async_ckpt.Checkpointer, step: int) -> dict[str, float]:

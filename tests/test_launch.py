@@ -64,7 +64,7 @@ class Machine(RuleBasedStateMachine):
         expected = {slot for slot, asked in self.asked.items()
                     if len(asked) >= 2 and slot not in self.valid and slot not in self.refused}  # fmt: skip
         assert {key for key, _, _ in due} == (set() if self.given_up else expected)
-        assert all(slot is self.slots[key] and batch is self.asked[key][-1] for key, slot, batch in due)  # type: ignore[call-overload]
+        assert all(slot is self.slots[key] and batch is self.asked[key][-1] for key, slot, batch in due)  # type: ignore[index]
         self.begun = due
 
     @precondition(lambda self: self.begun)

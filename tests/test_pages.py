@@ -22,7 +22,7 @@ def pages_of(parts: list[tuple[int, int]]) -> set[int]:
     return {byte // _PAGE for start, stop in parts for byte in range(start, stop)}
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(spans)
 def test_runs_are_the_own_pages_and_single_ones_between_them(parts: list[tuple[int, int]]) -> None:
     own = pages_of(parts)
@@ -33,7 +33,7 @@ def test_runs_are_the_own_pages_and_single_ones_between_them(parts: list[tuple[i
     assert all(before[1] < after[0] for before, after in itertools.pairwise(runs)), "else they were one run"
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(spans, st.integers(1, 6))
 def test_a_limit_costs_the_pages_of_the_smallest_gaps_and_no_more(parts: list[tuple[int, int]], limit: int) -> None:
     own = pages_of(parts)
@@ -50,7 +50,7 @@ def test_a_limit_costs_the_pages_of_the_smallest_gaps_and_no_more(parts: list[tu
     assert len(held) - len(own) == single + sum(closed)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(spans, st.one_of(st.none(), st.integers(1, 4)))
 def test_every_part_lies_in_one_run(parts: list[tuple[int, int]], limit: int | None) -> None:
     """CUDA copies no memory that reaches from one registration into the next one."""
@@ -63,7 +63,7 @@ def test_the_pages_are_those_of_this_machine() -> None:
     assert page_runs([(mmap.PAGESIZE - 1, mmap.PAGESIZE + 1)]) == [(0, 2 * mmap.PAGESIZE)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_span_is_from_the_first_byte_to_the_last(data: st.DataObject) -> None:
     """Every element is marked in the storage, and looked for."""

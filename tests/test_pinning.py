@@ -24,7 +24,7 @@ from async_ckpt.mapped import Part, Slot
 from async_ckpt.pages import page_runs
 from async_ckpt.pinning import MAX_RUNS, Pinned
 from async_ckpt.restore import OpenFile, Target
-from async_ckpt.sharding import find_shards
+from async_ckpt.sharding import Shard, find_shards
 
 PAGE = mmap.PAGESIZE
 FILE = "adapter_model.safetensors"
@@ -60,7 +60,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Registrations:
     return registrations
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 30 * PAGE), st.integers(1, 3 * PAGE)), min_size=1, max_size=6),
     st.lists(st.tuples(st.integers(0, 30 * PAGE), st.integers(1, 3 * PAGE)), max_size=6),
@@ -87,6 +87,13 @@ def test_what_is_held_and_what_is_split(own: list[tuple[int, int]], asked: list[
         pinned.close()
         assert registrations.now == {}
         assert not any(pinned.holds(image[start : start + size]) for start, size in own)
+
+
+class Piece(Shard):
+    """A part of a tensor, of which only the place is asked."""
+
+    def local(self) -> torch.Tensor:
+        raise NotImplementedError
 
 
 class Model(torch.nn.Module):
@@ -116,9 +123,7 @@ def make_slot(run: Path, model: Model, own: dict[str, Region]) -> tuple[Slot, li
     for extent in layout.extents:
         name = extent.spec.name
         if name in own:
-            shard = shards[name]
-            shard.region = own[name]  # type: ignore[misc]
-            parts.append(Part(FILE, extent, shard))
+            parts.append(Part(FILE, extent, Piece(name, extent.spec.shape, torch.float32, own[name])))
     targets = [Target(extent.spec.name, extent.spec, shards[extent.spec.name]) for extent in layout.extents]
     return Slot(run, 0, parts), targets
 
