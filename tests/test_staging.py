@@ -272,3 +272,20 @@ def test_the_fence_waits_for_every_device_copy_whatever_else_is_under_way(
     rig.staging.fence()
     assert waited == ["first", "second"]
     rig.staging.close()
+
+
+def test_what_is_copied_into_a_slot_is_one_object_until_something_moves(run: Path) -> None:
+    """Else no graph of copies would ever be launched."""
+    rig = Rig(run, overlap=True)
+    views = rig.staging._parameters.lookup.views
+    first = rig.staging._checked(rig.slots[0], views())
+    assert len(first.host[0]) == 4
+    assert rig.staging._checked(rig.slots[0], views()) is first
+    assert rig.staging._checked(rig.slots[1], views()) is not first
+    assert rig.staging._checked(rig.slots[0], views()) is first
+    weight = rig.model[0].weight
+    weight.data = torch.zeros_like(weight)
+    second = rig.staging._checked(rig.slots[0], views())
+    assert second is not first
+    assert rig.staging._checked(rig.slots[0], views()) is second
+    rig.staging.close()
