@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_ckpt import mapped
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.images import create_slots
 from async_ckpt.core.layout import FileLayout, TensorSpec, plan_file
@@ -21,6 +20,7 @@ from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt.core.slots import Phase, RunRecord, new_run_path, remove_run
 from async_ckpt.mapped import Part, Slot, image_view
+from async_ckpt.pages import span_of
 from async_ckpt.sharding import find_shards
 from async_ckpt.staging import Copy, Staging
 
@@ -56,9 +56,9 @@ def test_of_a_large_tensor_only_the_own_part_is_mapped_ahead() -> None:
     extent = plan_file("x", [TensorSpec("a", "F32", (8, 100))]).extents[0]
     image = torch.zeros(extent.stop, dtype=torch.uint8)
     rows = image_view(image, extent, torch.float32, Region(False, (2, 0), (3, 100)))
-    assert mapped._span(rows, image.data_ptr()) == (extent.start + 800, extent.start + 2000)
+    assert span_of(rows, image.data_ptr()) == (extent.start + 800, extent.start + 2000)
     columns = image_view(image, extent, torch.float32, Region(False, (0, 10), (8, 20)))
-    assert mapped._span(columns, image.data_ptr()) == (extent.start + 40, extent.stop - 280)
+    assert span_of(columns, image.data_ptr()) == (extent.start + 40, extent.stop - 280)
 
 
 class Rig:
