@@ -60,11 +60,11 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def look(self) -> None:
-        due = self.uses.due()
+        due: list[Any] = self.uses.due()
         expected = {slot for slot, asked in self.asked.items()
                     if len(asked) >= 2 and slot not in self.valid and slot not in self.refused}  # fmt: skip
         assert {key for key, _, _ in due} == (set() if self.given_up else expected)
-        assert all(slot is self.slots[key] and batch is self.asked[key][-1] for key, slot, batch in due)  # type: ignore[index]
+        assert all(slot is self.slots[key] and batch is self.asked[key][-1] for key, slot, batch in due)
         self.begun = due
 
     @precondition(lambda self: self.begun)
