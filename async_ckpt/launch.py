@@ -208,9 +208,8 @@ def _build(graphs: Graphs, slot: Target, batch: Batch) -> _Built | None:
     rest = [pair for pair in pairs if id(pair[0]) not in chosen]
     sources = [source for _, source in fit]
     addresses = list(map(_address, sources))
-    copies = zip(
-        [target.data_ptr() for target, _ in fit], addresses, [source.nbytes for source in sources], strict=True
-    )
+    # Bytes of the target: whatever becomes of a source meanwhile, nothing is written behind its target.
+    copies = [(target.data_ptr(), address, target.nbytes) for (target, _), address in zip(fit, addresses, strict=True)]
     graph = graphs.build(sources[0].device, copies)
     return _Built(graph, sources, addresses, ([target for target, _ in rest], [source for _, source in rest]))
 
