@@ -22,7 +22,7 @@ from .cudart import Graphs
 
 log = logging.getLogger(__name__)
 
-GRAPH_VARIABLE = "ASYNC_CKPT_CUDA_GRAPH"  # "0": copy tensor by tensor, always
+GRAPH_VARIABLE = "ASYNC_CKPT_CUDA_GRAPH"  # "1": not the default before it has run on a GPU
 _COPIES_BEFORE = 2  # a batch that is new at every save never gets a graph
 _MIN_COPIES = 16  # fewer are started about as fast one by one
 
@@ -191,11 +191,11 @@ class Launcher:
     def _give_up(self, error: Exception) -> None:
         if self._uses.give_up():
             log.warning("copies to the host are started tensor by tensor from now on, which takes some milliseconds of "
-                        "a save: %s. %s=0 does so from the beginning", error, GRAPH_VARIABLE)  # fmt: skip
+                        "a save: %s. Without %s=1 it is so from the beginning", error, GRAPH_VARIABLE)  # fmt: skip
 
 
 def graphs_wanted() -> bool:
-    return os.environ.get(GRAPH_VARIABLE, "") != "0"
+    return os.environ.get(GRAPH_VARIABLE) == "1"
 
 
 def _build(graphs: Graphs, slot: Target, batch: Batch) -> _Built | None:

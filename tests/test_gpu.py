@@ -27,6 +27,11 @@ pytestmark = [
 DEVICE = torch.device("cuda", 0)
 
 
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNC_CKPT_CUDA_GRAPH", "1")
+
+
 @pytest.fixture
 def model() -> Iterator[Any]:
     yield peft_model(config=lora(r=64)).to(DEVICE)
@@ -288,8 +293,8 @@ def test_random_numbers_and_captures_of_the_training_are_not_touched(model: Any,
     assert all(map(torch.equal, found, expected))
 
 
-def test_a_variable_turns_graphs_off(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ASYNC_CKPT_CUDA_GRAPH", "0")
+def test_without_the_variable_there_are_no_graphs(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASYNC_CKPT_CUDA_GRAPH")
     with async_ckpt.attach(model, directory=tmp_path) as ckpt:
         for step in range(1, 7):
             save_and_compare(ckpt, model, step)

@@ -279,9 +279,9 @@ def test_without_graphs_all_is_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     rig.launcher.close()
 
 
-def test_a_variable_says_that_none_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, wanted in {"0": False, "1": True, "": True}.items():
+def test_a_variable_says_that_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, wanted in {"0": False, "1": True, "": False}.items():
         monkeypatch.setenv("ASYNC_CKPT_CUDA_GRAPH", value)
         assert graphs_wanted() is wanted
     monkeypatch.delenv("ASYNC_CKPT_CUDA_GRAPH")
-    assert graphs_wanted()
+    assert not graphs_wanted()
