@@ -55,7 +55,7 @@ def find(checkpoint: str | int | os.PathLike[str], place_of: Callable[[int], Loc
 
 def image_of(step: int, slots: Sequence[Slot]) -> Path | None:
     """The slot of this run in which `step` lies whole."""
-    return next((slot.paths.image for slot in slots if slot.state.complete_step() == step), None)
+    return next((slot.paths.image for slot in slots if slot.state.whole_step() == step), None)
 
 
 def read(plan: Plan, found: Found, slots: Sequence[Slot]) -> tuple[Manifest, Literal["ram", "disk"]]:

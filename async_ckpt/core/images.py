@@ -24,7 +24,8 @@ Ranges: TypeAlias = Sequence[tuple[int, int, int]]  # of image file number [0], 
 def create_slots(run: Path, record: RunRecord, layout: Layout, only: Ranges | None = None) -> list[SlotPaths]:
     """Reserve every byte of every slot now: a full /dev/shm is an error here, never a SIGBUS in a later copy.
 
-    With `only`, the image is sparse: nothing but these bytes is ever written to it, and only they are reserved.
+    With `only`, the image is sparse: nothing but these bytes is ever written to it, and only they are reserved. It has
+    headers and documents all the same if it is the lead's (`record.lead` is None).
     Raises CheckpointError with the bytes needed and available. On any error nothing is left behind.
     """
     slots = [SlotPaths(run, index) for index in range(record.options.slots)]
@@ -36,7 +37,9 @@ def create_slots(run: Path, record: RunRecord, layout: Layout, only: Ranges | No
                 _create_image(slot.image, layout)
             else:
                 _create_sparse_image(slot.image, layout, only)
-            StateFile.create(slot.state, record.options.world)
+                if record.lead is None:
+                    _fill_in(slot.image, layout)
+            StateFile.create(slot.state, record.options.world, part=record.hosts_write)
         write_journal(run, record)
     except CheckpointError:
         shutil.rmtree(run, ignore_errors=True)
@@ -87,9 +90,16 @@ def _create_image(image: Path, layout: Layout) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(fd, 0, file.total_bytes)
-            os.pwrite(fd, file.header, 0)
         finally:
             os.close(fd)
+    _fill_in(image, layout)
+
+
+def _fill_in(image: Path, layout: Layout) -> None:
+    """What no rank writes."""
+    for file in layout.files:
+        with (image / file.path).open("r+b", buffering=0) as opened:
+            opened.write(file.header)
     for name, content in layout.documents.items():
         path = image / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -21,11 +21,13 @@ from .errors import CheckpointError
 from .limits import MAX_FILES, MAX_MANIFEST_BYTES, MAX_PATH_BYTES, MAX_STEP
 from .location import Location, Url, location_of
 from .object_errors import ObjectError
+from .pieces import MAX_PIECES, PieceLine, check_pieces
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "async_ckpt.json"
 FORMAT = 1
+FORMAT_IN_PIECES = 2  # a file has no hash of its own: whoever knows only FORMAT has to say that it cannot read it
 
 Metric: TypeAlias = bool | int | float | str | None
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -35,14 +37,17 @@ SEAL_KEY = b'"self_xxh3_128"'
 _SEAL = b",\n  " + SEAL_KEY + b': "'
 _SEAL_END = b'"\n}\n'
 _DIGEST_BYTES = 32
+_Digest = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{32})?$")]
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
 
-class FileEntry(msgspec.Struct, frozen=True):
-    """Size and content of one file of a checkpoint."""
+class FileEntry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Size and content of one file of a checkpoint: its hash, or, where several hosts have written it, that of the
+    lines of its `Manifest.pieces`. One of the two is there."""
 
     bytes: _Count
-    xxh3_128: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    xxh3_128: _Digest = ""
+    pieces_xxh3_128: _Digest = ""
 
 
 class Chunks(msgspec.Struct, frozen=True):
@@ -56,7 +61,8 @@ class Chunks(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What ``async_ckpt.json`` says. `files` lists every file of the checkpoint but the manifest itself.
 
-    `run` names the run that wrote it: a restarted saver knows its own commit by it.
+    `run` names the run that wrote it: a restarted saver knows its own commit by it. `pieces` are, by path, those of the
+    files that several hosts have written (`core.pieces`); `format` is FORMAT_IN_PIECES then, and FORMAT otherwise.
     A metric that was NaN or infinite when it was saved is None here: JSON has no such numbers.
     """
 
@@ -70,6 +76,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     run: str = ""
     created_unix_s: float = 0.0
     chunks: Chunks | None = None
+    pieces: dict[str, list[PieceLine]] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def in_pieces(self) -> dict[str, list[str]]:
+        return self.pieces or {}
 
     @property
     def total_bytes(self) -> int:
@@ -114,11 +125,25 @@ def decode_manifest(data: bytes) -> Manifest:
         manifest = msgspec.json.decode(data.decode(), type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"the manifest is damaged: {error}") from error
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"the manifest has format {manifest.format}, this version of async_ckpt reads {FORMAT}")
+    if manifest.format not in (FORMAT, FORMAT_IN_PIECES):
+        raise CheckpointError(f"the manifest has format {manifest.format}, this version of async_ckpt reads {FORMAT} "
+                              f"and {FORMAT_IN_PIECES}")  # fmt: skip
     for path in manifest.files:
         check_path(path)
+    _check_hashes(manifest)
     return manifest
+
+
+def _check_hashes(manifest: Manifest) -> None:
+    """Raises CheckpointError unless every file has one hash, of itself or of its pieces."""
+    pieces = manifest.in_pieces if manifest.format == FORMAT_IN_PIECES else {}
+    if sum(map(len, pieces.values())) > MAX_PIECES:
+        raise CheckpointError(f"the manifest has more than {MAX_PIECES} pieces (MAX_PIECES)")
+    for path, entry in manifest.files.items():
+        if bool(entry.pieces_xxh3_128) != (path in pieces) or bool(entry.xxh3_128) == (path in pieces):
+            raise CheckpointError(f"the manifest is damaged: {path!r} has no hash, or two")
+        if path in pieces:
+            check_pieces(path, entry.bytes, entry.pieces_xxh3_128, pieces[path])
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:

@@ -10,7 +10,9 @@
     /dev/shm/async-ckpt-<uid>/copy-<key>-.../  a whole checkpoint that a saver keeps for other hosts
 
 A rank writes only its own cell, and only in the order WRITING -> copy -> STAGED, so a slot whose cells all say STAGED
-with one step holds that step whole, whoever is still alive to say so.
+with one step holds that step whole, whoever is still alive to say so. Where hosts write their parts of a checkpoint
+themselves it holds the part of this host, and those of the others are in theirs: its state file has another beginning,
+so that nobody takes holes for zeros.
 
 We map plain files instead of `multiprocessing.shared_memory`, whose resource tracker deletes live segments when an
 unrelated process exits.
@@ -44,6 +46,7 @@ _PHASE_AND_STEP = struct.Struct("<Qq")
 _CELL_BYTES = 64  # a cache line a rank: neighbours do not slow each other down
 _HEADER = struct.Struct("<8sQq")  # magic, world, the step up to which all outcomes of this slot were told
 _MAGIC = b"ackptst1"
+_MAGIC_OF_A_PART = b"ackptst2"
 MORE_SPACE = (
     "Raise it: `docker run --shm-size=...`, in Kubernetes an emptyDir with medium: Memory on /dev/shm, elsewhere "
     "`mount -o remount,size=... /dev/shm`"
@@ -82,7 +85,8 @@ class RunRecord(msgspec.Struct, frozen=True):
 
     `started` is what the ranks were told when all of them were ready; None until then. `peers` are the ranks whose
     saver keeps this journal: of a run on several hosts the lead's has all, a relay's those of its host, and `lead`.
-    `trace`: as in `Register`.
+    `trace`: as in `Register`. `hosts_write`: each host writes its part of a checkpoint itself, and has only that in its
+    image; `not_direct` says why not, where the saver was asked to have it so.
     """
 
     job: str
@@ -94,6 +98,8 @@ class RunRecord(msgspec.Struct, frozen=True):
     started: Started | None = None
     lead: Lead | None = None
     trace: bool = False
+    hosts_write: bool = False
+    not_direct: str = ""
 
 
 def shm_root() -> Path:
@@ -121,16 +127,18 @@ class StateFile:
                 raise CheckpointError(f"{path} is no slot state file: it has {size_bytes} bytes")
             self._map = mmap.mmap(file.fileno(), 0)
         magic, world, _ = _HEADER.unpack_from(self._map)
-        if magic != _MAGIC or len(self._map) != (world + 1) * _CELL_BYTES:
+        if magic not in (_MAGIC, _MAGIC_OF_A_PART) or len(self._map) != (world + 1) * _CELL_BYTES:
             raise CheckpointError(f"{path} is no slot state file: begins with {magic!r}, {len(self._map)} bytes")
         self.world: int = world
+        self._magic: bytes = magic
 
     @staticmethod
-    def create(path: Path, world: int) -> None:
+    def create(path: Path, world: int, *, part: bool = False) -> None:
+        """`part`: the image is that of one host, of several that write what they have themselves."""
         with path.open("xb") as file:
             os.fchmod(file.fileno(), 0o600)
             os.posix_fallocate(file.fileno(), 0, (world + 1) * _CELL_BYTES)
-            file.write(_HEADER.pack(_MAGIC, world, -1))
+            file.write(_HEADER.pack(_MAGIC_OF_A_PART if part else _MAGIC, world, -1))
 
     def mark(self, rank: int, phase: Phase, step: int, copy_s: float = 0.0) -> None:
         body = _CELL.pack(phase, step, copy_s, 0)[:-8]
@@ -158,14 +166,18 @@ class StateFile:
 
     def settle(self, step: int) -> None:
         """Said by the saver alone, before any rank hears of the outcome."""
-        _HEADER.pack_into(self._map, 0, _MAGIC, self.world, max(step, self.settled_step))
+        _HEADER.pack_into(self._map, 0, self._magic, self.world, max(step, self.settled_step))
 
     def complete_step(self) -> int | None:
-        """The step that every rank has staged here, or None."""
+        """The step that every rank has staged, here or on its host, or None."""
         first = self.cell(0)
         cells = (self.cell(rank) for rank in range(self.world))
         whole = all(cell.phase is Phase.STAGED and cell.step == first.step for cell in cells)
         return first.step if whole else None
+
+    def whole_step(self) -> int | None:
+        """The step that lies here with every byte, or None."""
+        return self.complete_step() if self._magic == _MAGIC else None
 
     def close(self) -> None:
         self._map.close()

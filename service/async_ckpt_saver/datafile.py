@@ -10,7 +10,7 @@ import logging
 import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 import msgspec
@@ -18,6 +18,7 @@ import xxhash
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import FileEntry
+from async_ckpt.core.pieces import digest_of_pieces, piece_line
 
 from .write_behind import PIECE_BYTES, WriteBehind
 
@@ -29,53 +30,84 @@ ALIGN_BYTES = 4096
 # Hashed twice while it lies in the cache, for the file and for its chunk: 20 % more CPU than once, in pieces of a whole
 # chunk it is 75 %.
 _HASHED_BYTES = 256 << 10
+_NEVER = 1 << 63
 # Below this the direct path saves nothing.
 DIRECT_MIN_BYTES = 1 << 20
-_NOT_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+NOT_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 
 StepHook = Callable[[str], None]
 
 
 class Written(msgspec.Struct, frozen=True):
     """`direct` is None for a file too small for O_DIRECT, False if the filesystem refused it. `chunks` are the xxh3-64
-    of every CHUNK_BYTES of a file that is longer than that, else empty."""
+    of every CHUNK_BYTES of a file that is longer than that, else empty. `pieces` are the lines of a file that has no
+    hash of its own (`core.pieces`)."""
 
     entry: FileEntry
     direct: bool | None
     chunks: tuple[str, ...] = ()
+    pieces: tuple[str, ...] = ()
 
 
 class Digests:
-    """The hash of a whole file and those of its chunks; given the bytes once, in order, no piece across two chunks."""
+    """The hash of a whole file and those of its chunks, `chunk_bytes` each, or up to each of `stops`; given the bytes
+    once, in order."""
 
-    def __init__(self, chunk_bytes: int) -> None:
-        self._chunk_bytes = chunk_bytes
+    def __init__(self, chunk_bytes: int, stops: Sequence[int] | None = None) -> None:
+        self._stops = iter(stops) if stops is not None else itertools.count(chunk_bytes, chunk_bytes)
+        self._stop = 0
         self._whole = xxhash.xxh3_128()
-        self._chunk: xxhash.xxh3_64 | None = None
+        self._chunk = xxhash.xxh3_64()
         self._done: list[str] = []  # a hasher takes forty times as much memory
 
     def update(self, data: memoryview, start: int) -> None:
-        if self._chunk is None or start % self._chunk_bytes == 0:
-            if self._chunk is not None:
-                self._done.append(self._chunk.hexdigest())
-            self._chunk = xxhash.xxh3_64()
-        chunk = self._chunk
-        for offset in range(0, len(data), _HASHED_BYTES):
-            with data[offset : offset + _HASHED_BYTES] as piece:
+        position, end = start, start + len(data)
+        while position < end:
+            if position == self._stop:
+                self._next(position)
+            upto = min(end, position + _HASHED_BYTES, self._stop)
+            with data[position - start : upto - start] as piece:
                 self._whole.update(piece)
-                chunk.update(piece)
+                self._chunk.update(piece)
+            position = upto
+
+    def _next(self, position: int) -> None:
+        if position:
+            self._done.append(self._chunk.hexdigest())
+        self._chunk = xxhash.xxh3_64()
+        self._stop = next(self._stops, _NEVER)
 
     @property
     def whole(self) -> str:
         return self._whole.hexdigest()
 
     @property
+    def all(self) -> tuple[str, ...]:
+        """Of every chunk."""
+        return (*self._done, self._chunk.hexdigest()) if self._stop else ()
+
+    @property
     def chunks(self) -> tuple[str, ...]:
-        return (*self._done, self._chunk.hexdigest()) if self._chunk is not None and self._done else ()
+        """Of every chunk, if there is more than one."""
+        return self.all if self._done else ()
 
 
-def write_image_file(image: str, path: str, destination: str, hashing: Executor, step_hook: StepHook) -> Written:
-    """Copy the image's file `path` to `destination`, which must not exist yet, and make its content durable.
+def written_file(length: int, digests: Digests, direct: bool | None, stops: Sequence[int] | None) -> Written:
+    """Of a file whose hash is that of its pieces, if `stops` says where they end."""
+    if stops is None:
+        return Written(FileEntry(length, digests.whole), direct, digests.chunks)
+    return in_pieces(length, [piece_line(*each) for each in zip(stops, digests.all, strict=False)], direct)
+
+
+def in_pieces(length: int, lines: Sequence[str], direct: bool | None) -> Written:
+    return Written(FileEntry(length, pieces_xxh3_128=digest_of_pieces(lines)), direct, pieces=tuple(lines))
+
+
+def write_image_file(
+    image: str, path: str, destination: str, hashing: Executor, step_hook: StepHook, stops: Sequence[int] | None = None
+) -> Written:
+    """Copy the image's file `path` to `destination`, which must not exist yet, and make its content durable. `stops`:
+    where its pieces end, if it has no hash of its own.
 
     The hash is over exactly the bytes handed to the kernel's write. Private memory is bounded whatever the file's
     size; the image must not be truncated meanwhile (that is SIGBUS). `hashing` runs the hash beside the write.
@@ -92,7 +124,7 @@ def write_image_file(image: str, path: str, destination: str, hashing: Executor,
     try:
         output = _Output(destination, direct=length >= DIRECT_MIN_BYTES)
         with output, memoryview(mapping) as view:
-            return _stream(view, path, output, hashing, step_hook)
+            return _stream(view, path, output, hashing, step_hook, stops)
     finally:
         # A failed write leaves its traceback holding views of the mapping: it is then unmapped with the exception.
         with contextlib.suppress(BufferError):
@@ -108,9 +140,11 @@ def write_bytes(data: bytes, path: str, destination: str, step_hook: StepHook) -
     return Written(FileEntry(len(data), xxhash.xxh3_128_hexdigest(data)), None)
 
 
-def _stream(view: memoryview, path: str, output: _Output, hashing: Executor, step_hook: StepHook) -> Written:
+def _stream(
+    view: memoryview, path: str, output: _Output, hashing: Executor, step_hook: StepHook, stops: Sequence[int] | None
+) -> Written:
     length = len(view)
-    digests = Digests(CHUNK_BYTES)
+    digests = Digests(CHUNK_BYTES, stops)
     # The last partial block cannot go out by O_DIRECT.
     aligned = length - length % ALIGN_BYTES
     edges = sorted({*range(0, aligned, CHUNK_BYTES), aligned, length})
@@ -128,7 +162,7 @@ def _stream(view: memoryview, path: str, output: _Output, hashing: Executor, ste
     step_hook(f"fsync:{path}")
     output.sync()
     direct = None if length < DIRECT_MIN_BYTES else output.direct
-    return Written(FileEntry(length, digests.whole), direct, digests.chunks)
+    return written_file(length, digests, direct, stops)
 
 
 class _Output:
@@ -144,7 +178,7 @@ class _Output:
                 self._fd = os.open(path, flags | os.O_DIRECT, 0o666)
                 return
             except OSError as error:
-                if error.errno not in _NOT_DIRECT:
+                if error.errno not in NOT_DIRECT:
                     raise
                 self._refused("open", error)
             # The kernel may have made the file before it refused the flag.
@@ -171,7 +205,7 @@ class _Output:
             try:
                 written = os.pwrite(self._fd, data[done:most], offset + done)
             except OSError as error:
-                if error.errno not in _NOT_DIRECT or not self.buffered():
+                if error.errno not in NOT_DIRECT or not self.buffered():
                     raise
                 self._refused("write", error)
                 self._behind = WriteBehind(self._fd)
@@ -201,20 +235,30 @@ class _Output:
 
 def open_source(image: str, path: str) -> int:
     """Open a file of the image; no component below `image` may be a symbolic link, which could lead anywhere."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    *directories, name = path.split("/")
-    parent = os.open(image, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for component in directories:
-            child = os.open(component, flags | os.O_DIRECTORY, dir_fd=parent)
-            os.close(parent)
-            parent = child
-        fd = os.open(name, flags, dir_fd=parent)
+        fd = open_below(image, path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise CheckpointError(f"{path!r} cannot be taken from the image {image}: {error.strerror}") from error
-    finally:
-        os.close(parent)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise CheckpointError(f"{path!r} in the image {image} is not a regular file")
     return fd
+
+
+def open_below(directory: str, path: str, flags: int) -> int:
+    """Open what is there at `path`, by no symbolic link below `directory`. Raises OSError, which names all of it."""
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+    *folders, name = path.split("/")
+    parent: int | None = None
+    try:
+        parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for folder in folders:
+            child = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            os.close(parent)
+            parent = child
+        return os.open(name, flags, dir_fd=parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.path.join(directory, path)) from error
+    finally:
+        if parent is not None:
+            os.close(parent)

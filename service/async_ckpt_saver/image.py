@@ -23,11 +23,12 @@ from async_ckpt.core.slots import (
     write_journal,
 )
 
+from .hosts.parts import rest_of
 from .hosts.shares import write_shares
 from .hosts.spans import Span
 from .replicas import diverged
 from .run import Commit, StagedCell
-from .writer import CommitJob
+from .writer import CommitJob, Parts
 
 
 class RunImage:
@@ -44,12 +45,16 @@ class RunImage:
         cls, endpoint: str, record: RunRecord, layout: Layout, shares: Mapping[int, Sequence[Span]] | None = None
     ) -> RunImage:
         """`shares`: what ranks of other hosts own, or, at a relay, those of this one: then nothing else is reserved.
+        Where hosts write their parts themselves, nothing is for those of the others.
 
         Raises CheckpointError if shared memory cannot hold the slots; then nothing is left of them."""
         path = new_run_path(endpoint)
         only = None
         if record.lead is not None:
             only = [(span.file, span.start, span.stop) for spans in (shares or {}).values() for span in spans]
+        elif record.hosts_write:
+            rest = rest_of([file.total_bytes for file in layout.files], (shares or {}).values(), whole_files=True)
+            only = [(span.file, span.start, span.stop) for span in rest]
         image = cls(path, record, create_slots(path, record, layout, only))
         if shares:
             try:
@@ -108,8 +113,11 @@ class RunImage:
         if 0 <= slot < len(self.states):
             self.states[slot].settle(step)
 
-    def commit_job(self, commit: Commit) -> CommitJob:
-        """Raises CheckpointError if a record of the step cannot be read, or if replicas have diverged."""
+    def commit_job(self, commit: Commit, parts: Parts | None = None) -> CommitJob:
+        """`parts` is needed where the image has only this host's. Raises CheckpointError if a record of the step cannot
+        be read, or if replicas have diverged."""
+        if self.record.hosts_write != (parts is not None):
+            raise CheckpointError(f"{self.path} has only this host's part of a checkpoint")  # and holes, read as zeros
         slot = self.slots[commit.slot]
         records = slot.records(self.record.options.world, commit.step)
         if self.record.options.verify_replicas and (reason := diverged(records)) is not None:
@@ -128,11 +136,12 @@ class RunImage:
             run=self.path.name,
             versions=self.record.versions,
             timeout_s=self.record.options.timeout_s,
+            parts=parts,
         )
 
     def newest_image(self) -> tuple[int, SlotPaths] | None:
         """The newest step that lies whole in a slot."""
-        complete = [(state.complete_step(), slot) for state, slot in zip(self.states, self.slots, strict=True)]
+        complete = [(state.whole_step(), slot) for state, slot in zip(self.states, self.slots, strict=True)]
         whole = [(step, slot) for step, slot in complete if step is not None]
         return max(whole, key=lambda image: image[0], default=None)
 

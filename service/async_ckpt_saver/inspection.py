@@ -34,9 +34,12 @@ class Listed(msgspec.Struct, frozen=True):
 
 
 class ShownFile(msgspec.Struct, frozen=True):
+    """One of the two hashes is "", as in the manifest."""
+
     path: str
     bytes: int
     xxh3_128: str
+    pieces_xxh3_128: str = ""
     tensors: int | None = None
     dtypes: dict[str, int] | None = None
 
@@ -112,7 +115,7 @@ def inspect(checkpoint: Location) -> Shown:
         layout = layouts.get(path)
         dtypes = None if layout is None else dict(Counter(extent.spec.dtype for extent in layout.extents))
         count = None if layout is None else len(layout.extents)
-        files.append(ShownFile(path, entry.bytes, entry.xxh3_128, count, dtypes))
+        files.append(ShownFile(path, entry.bytes, entry.xxh3_128, entry.pieces_xxh3_128, count, dtypes))
     return Shown(
         path=str(checkpoint),
         step=manifest.step,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import xxhash
 
@@ -13,28 +13,30 @@ from async_ckpt.core.manifest import FileEntry
 from async_ckpt.core.object_errors import ObjectError
 from async_ckpt.core.objects import PART_BYTES, Objects
 
-from .datafile import CHUNK_BYTES, Digests, Written, open_source
+from .datafile import CHUNK_BYTES, Digests, Written, open_source, written_file
 
 assert PART_BYTES == CHUNK_BYTES  # so that a piece is a part, and a chunk of the manifest
 
 
 def upload_image_file(
-    objects: Objects, key: str, image: str, path: str, before_part: Callable[[], None], *, mapped: bool = True
-) -> Written:
+    objects: Objects, key: str, image: str, path: str, before_part: Callable[[], None], *, mapped: bool = True,
+    stops: Sequence[int] | None = None,
+) -> Written:  # fmt: skip
     """Send the image's file `path` to `key`; the hash is over exactly the bytes that were given to the client.
 
     `before_part` is called before each part is read, and ends the upload by raising. The image must not be truncated
     meanwhile (that is SIGBUS). Not `mapped`, for one that lies on a disk, whose errors would be SIGBUS too: each part
-    is read. Raises ObjectError, OSError, and CheckpointError if `path` is no regular file.
+    is read. `stops`: where its pieces end, if it has no hash of its own. Raises ObjectError, OSError, and
+    CheckpointError if `path` is no regular file.
     """
-    digests = Digests(CHUNK_BYTES)
+    digests = Digests(CHUNK_BYTES, stops)
     with _opened(image, path, mapped=mapped) as (length, read):
         if length == 0:
             return upload_bytes(objects, key, b"")
 
         def pieces() -> Iterator[memoryview]:
             nonlocal digests
-            digests = Digests(CHUNK_BYTES)  # each attempt sends all of it
+            digests = Digests(CHUNK_BYTES, stops)  # each attempt sends all of it
             for start in range(0, length, PART_BYTES):
                 before_part()
                 piece = read(start, min(length, start + PART_BYTES))
@@ -46,7 +48,7 @@ def upload_image_file(
             objects.write(key, piece)
         else:
             objects.upload(key, length, pieces)
-    return Written(FileEntry(length, digests.whole), None, digests.chunks)
+    return written_file(length, digests, None, stops)
 
 
 @contextlib.contextmanager

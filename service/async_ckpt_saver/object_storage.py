@@ -19,12 +19,13 @@ from async_ckpt.core.objects import Object, Objects
 from async_ckpt.core.retention_policy import Policy
 
 from .datafile import StepHook, Written
+from .manifest_writing import manifest_of, stops_in
 from .multipart import upload_bytes, upload_image_file
 from .object_collection import abort_uploads, clear_step, collect_leftovers, remove_step
 from .reservation import Held, Reservations
 from .retention import expired
 from .storage import Committed
-from .writer import AlreadyCommittedError, CommitError, CommitJob, CommitResult, check_files, manifest_of
+from .writer import AlreadyCommittedError, CommitError, CommitJob, CommitResult, check_files
 
 log = logging.getLogger(__name__)
 
@@ -152,14 +153,17 @@ class _Commit:
             if held.expired:
                 raise self._too_slow()
 
-        written = {}
+        if self._job.parts is not None:
+            raise CheckpointError(f"{self._url} is no place where several hosts write parts of a file")
+        written, stops = {}, stops_in(self._job)
         for path in self._job.files:
             before_part()
             self._step_hook(f"write:{path}")
             key = (self._folder / path).key
             written[path] = upload_image_file(
-                self._objects, key, self._job.image, path, before_part, mapped=not self._job.original
-            )
+                self._objects, key, self._job.image, path, before_part, mapped=not self._job.original,
+                stops=stops.get(path),
+            )  # fmt: skip
         for path, data in self._job.documents.items():
             before_part()
             self._step_hook(f"write:{path}")

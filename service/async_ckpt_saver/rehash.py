@@ -24,8 +24,9 @@ class Rehashed(Protocol):
 
     bytes: int
 
-    def digest(self, chunk_bytes: int, progress: Progress) -> Digests:
-        """Of all of it; `progress` is told of every read. Raises OSError, or ObjectError where it is in a store."""
+    def digest(self, digests: Digests, progress: Progress) -> None:
+        """Give it all of the file; `progress` is told of every read. Raises OSError, or ObjectError where it is in a
+        store."""
 
 
 @contextlib.contextmanager
@@ -51,24 +52,21 @@ class _Local:
         self._fd = fd
         self.bytes = os.fstat(fd).st_size
 
-    def digest(self, chunk_bytes: int, progress: Progress) -> Digests:
+    def digest(self, digests: Digests, progress: Progress) -> None:
         """The bytes come from the disk, not from a page cache that may be better than it."""
-        fd, digests = self._fd, Digests(chunk_bytes)
+        fd = self._fd
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        buffer = bytearray(min(chunk_bytes, CHUNK_BYTES, max(self.bytes, 1)))
         position = 0
-        with memoryview(buffer) as view:
+        with memoryview(bytearray(min(CHUNK_BYTES, max(self.bytes, 1)))) as view:
             while position < self.bytes:
-                wanted = min(len(view), chunk_bytes - position % chunk_bytes)
-                count = os.preadv(fd, [view[:wanted]], position)
+                count = os.preadv(fd, [view], position)
                 if count == 0:
                     break  # it has become shorter since its size was looked at: the hash will not fit
                 digests.update(view[:count], position)
                 position += count
                 progress(count)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        return digests
 
 
 class _Remote:
@@ -81,13 +79,7 @@ class _Remote:
             raise NotAFile("cannot be opened: there is no such object")
         self.bytes = about.bytes
 
-    def digest(self, chunk_bytes: int, progress: Progress) -> Digests:
-        digests = Digests(chunk_bytes)
+    def digest(self, digests: Digests, progress: Progress) -> None:
         for start, data in self._objects.read_ranges(self._key, [(0, self.bytes)]):
-            position, stop = start, start + len(data)
-            while position < stop:
-                end = min(stop, position + chunk_bytes - position % chunk_bytes)
-                digests.update(data[position - start : end - start], position)
-                position = end
+            digests.update(data, start)
             progress(len(data))
-        return digests

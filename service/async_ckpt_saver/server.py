@@ -56,7 +56,8 @@ class Config:
     them. `embedded`: exit when nobody needs this saver any more. `keep_image_s`: how long the newest image of a dead
     run is kept in RAM. `grace_s`: how long ranks that live are still served after a signal: whoever ends us may have
     ended them as well, and they have a last checkpoint to save. `lease_s`: after how long a silence a host, or a rank
-    that cannot be watched, counts as gone. `http`: where to show what goes on."""
+    that cannot be watched, counts as gone. `direct`: every host of a job writes its part itself, where all savers of
+    the job say so. `http`: where to show what goes on."""
 
     bind: str
     roots: Roots
@@ -67,6 +68,7 @@ class Config:
     curve_allow: Path | None = None
     grace_s: float = 25.0
     lease_s: float = 30.0
+    direct: bool = False
     http: Address | None = None
 
 
@@ -180,10 +182,12 @@ class Server:
             lease_s=self._config.lease_s,
             keep_image_s=self._config.keep_image_s,
             orphan_image_s=self._config.orphan_image_s,
+            direct=self._config.direct,
         )
         self._hub = Hub(services)
         services.dial = lambda lead, events: self._with_links().dial(lead, events)
         services.hosts = lambda: [] if self._links is None else self._links.hosts()
+        services.relays_of = lambda identities: {} if self._links is None else self._links.relays_of(identities)
         services.way_of = lambda identity: None if self._links is None else self._links.way_of(identity)
         allowed = self._config.curve_allow if self._keys is not None else None
         self._doorkeeper = Doorkeeper(self._context, self._socket, self._loop, services.rejections, allowed)

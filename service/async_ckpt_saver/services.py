@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from async_ckpt.core.protocol import FromSaver, Lead, Rejected
 
 from .clock import RunningClock
 from .hosts.copy_keeper import CopyKeeper, Way
+from .hosts.part_commit import PartCommits
 from .hosts.spreading import Spreading
 from .rejections import Cause, Rejections
 from .roots import Roots
@@ -23,6 +24,7 @@ from .upload_status import UploadedStep
 
 if TYPE_CHECKING:
     from .hosts.dialler import Link, LinkEvents
+    from .hosts.opened import Relay
 
 T = TypeVar("T")
 
@@ -48,7 +50,9 @@ class Services:
     RAM that other hosts have committed, `spreading` brings them there.
 
     `lease_s`: after how long a silent rank that cannot be watched counts as dead. `keep_image_s`: how long the newest
-    image of a dead run stays in RAM for its successor; `orphan_image_s` where nobody is left to start one.
+    image of a dead run stays in RAM for its successor; `orphan_image_s` where nobody is left to start one. `direct`:
+    this saver was told that hosts may write their parts of a checkpoint themselves; `parts` are those that are being
+    written for its commits, `relays_of` tells which relays speak for which ranks.
     """
 
     endpoint: str
@@ -59,6 +63,7 @@ class Services:
     lease_s: float = 30.0
     keep_image_s: float = 900.0
     orphan_image_s: float = 20.0
+    direct: bool = False
     rejections: Rejections = field(default_factory=Rejections)
     ended: deque[RunStatus] = field(default_factory=lambda: deque(maxlen=ENDED_RUNS))
     on_settled: Callable[[SaveStatus], None] = lambda save: None
@@ -67,6 +72,7 @@ class Services:
     dial: Callable[[Lead, LinkEvents], Link] | None = None
     hosts: Callable[[], list[HostStatus]] = list
     way_of: Callable[[bytes], Way | None] = lambda identity: None
+    relays_of: Callable[[Iterable[bytes]], Mapping[bytes, Relay]] = lambda identities: {}
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     threads: dict[str, _Threads] = field(default_factory=dict)
     _pool: ThreadPoolExecutor = field(
@@ -86,6 +92,7 @@ class Services:
         self.started_s = self.loop.time()
         self.copies = CopyKeeper(self)
         self.spreading = Spreading(self, self.copies)
+        self.parts = PartCommits(self)
 
     def now_s(self) -> float:
         return self.clock.now_s()

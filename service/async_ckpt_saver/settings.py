@@ -164,11 +164,20 @@ LEASE = Setting(
     "SECONDS",
     "give up a host, or a rank that this saver can only hear, after so long a silence",
 )
+SHARED_FS = Setting(
+    "shared_fs",
+    _one_of("relay", "direct"),
+    "relay or direct",
+    "relay",
+    "HOW",
+    "of jobs on several hosts: direct where the root's filesystem is safe for byte ranges that several hosts write (local, "
+    "Lustre, GPFS; not NFS): each writes what its ranks hold, instead of handing it to the lead",
+)
 LOG_LEVEL = Setting(
     "log_level", _one_of(*_LEVELS), f"one of {', '.join(_LEVELS)}", "info", "LEVEL", "say no less than this"
 )
 
-SETTINGS = (BIND, ROOT, CURVE_SECRET, CURVE_ALLOW, KEEP_IMAGE, GRACE, LEASE, HTTP, LOG_LEVEL)
+SETTINGS = (BIND, ROOT, CURVE_SECRET, CURVE_ALLOW, KEEP_IMAGE, GRACE, LEASE, SHARED_FS, HTTP, LOG_LEVEL)
 
 
 def resolve(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -21,9 +20,10 @@ from async_ckpt.core.manifest import (
     manifest_bytes,
     parse_step,
 )
+from async_ckpt.core.pieces import hashes_of, stops_of
 
 from .contents import unreasonable
-from .datafile import CHUNK_BYTES
+from .datafile import CHUNK_BYTES, Digests
 from .rehash import NotAFile, Progress, opened
 from .tensorfile import SUFFIX, read_layout, tensors_within
 
@@ -125,7 +125,8 @@ def _manifest(checkpoint: Location) -> tuple[Manifest | None, list[Damage]]:
 
 def _damage_of(checkpoint: Location, name: str, manifest: Manifest, progress: Progress) -> Iterator[Damage]:
     path, entry = checkpoint / name, manifest.files[name]
-    chunks, chunk_bytes = _chunks_of(manifest, name)
+    expected, stops = _chunks_of(manifest, name)
+    digests = Digests(CHUNK_BYTES, stops)
     try:
         with opened(path) as file:
             if file.bytes != entry.bytes:
@@ -133,7 +134,7 @@ def _damage_of(checkpoint: Location, name: str, manifest: Manifest, progress: Pr
                 what = "cut off" if file.bytes < entry.bytes else "added"
                 yield Damage(name, f"has {file.bytes} bytes, {entry.bytes} were committed: {what}", start, stop)
                 return
-            digests = file.digest(chunk_bytes, progress)
+            file.digest(digests, progress)
     except NotAFile as error:
         yield Damage(name, str(error))
         return
@@ -146,33 +147,36 @@ def _damage_of(checkpoint: Location, name: str, manifest: Manifest, progress: Pr
             layout = read_layout(path)
         except CheckpointError as error:
             yield Damage(name, str(error))
-    if digests.whole != entry.xxh3_128:
-        found = list(_differing(digests.chunks, chunks, chunk_bytes, entry.bytes)) or [(0, entry.bytes)]
-        for start, stop in found:
+    intact = digests.whole == entry.xxh3_128 if entry.xxh3_128 else list(digests.all) == expected
+    if not intact:
+        for start, stop in list(_differing(digests.all, expected, stops)) or [(0, entry.bytes)]:
             tensors = tensors_within(layout, start, stop) if layout is not None else []
             names = tuple(extent.spec.name for extent in tensors)
             yield Damage(name, "not the bytes that were committed", start, stop, names)
 
 
-def _chunks_of(manifest: Manifest, name: str) -> tuple[list[str], int]:
-    """The hashes of the chunks of `name`, and how long these are. A manifest may be forged: its pieces count only if it
-    has a hash for each, for each costs memory and it cannot have many; else they are ours and nothing is placed."""
+def _chunks_of(manifest: Manifest, name: str) -> tuple[list[str], list[int]]:
+    """The hashes of the chunks or pieces of `name`, and where these end. A manifest may be forged: its chunks count
+    only if it has a hash for each, for each costs memory and it cannot have many; else there are none."""
+    length = manifest.files[name].bytes
+    if name in manifest.in_pieces:
+        lines = manifest.in_pieces[name]
+        return hashes_of(lines), stops_of(lines)
     if manifest.chunks is not None:
         hashes, chunk_bytes = manifest.chunks.xxh3_64.get(name, []), manifest.chunks.bytes
-        if len(hashes) == -(-manifest.files[name].bytes // chunk_bytes):
-            return hashes, chunk_bytes
-    return [], CHUNK_BYTES
+        if len(hashes) == -(-length // chunk_bytes):
+            return hashes, [min(stop, length) for stop in range(chunk_bytes, length + chunk_bytes, chunk_bytes)]
+    return [], [length] if length else []
 
 
-def _differing(found: Any, expected: list[str], chunk_bytes: int, length: int) -> Iterator[tuple[int, int]]:
+def _differing(found: Sequence[str], expected: Sequence[str], stops: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Neighbouring damaged chunks as one range; nothing if the file has no hashes of chunks to compare with."""
     if len(found) != len(expected):
         return
     start: int | None = None
-    for index in range(len(expected) + 1):
-        differs = index < len(expected) and found[index] != expected[index]
-        if differs and start is None:
-            start = index * chunk_bytes
-        elif not differs and start is not None:
-            yield start, min(index * chunk_bytes, length)
+    for one, other, begin in zip([*found, ""], [*expected, ""], [0, *stops], strict=True):
+        if one != other and start is None:
+            start = begin
+        elif one == other and start is not None:
+            yield start, begin
             start = None

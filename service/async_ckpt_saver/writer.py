@@ -12,29 +12,25 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, Protocol
 
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import (
-    FORMAT,
     MANIFEST_NAME,
-    Chunks,
-    Manifest,
     Metric,
     check_path,
     checkpoint_name,
-    decode_manifest,
-    encode_manifest,
 )
 from async_ckpt.core.protocol import Settled
 
-from .datafile import CHUNK_BYTES, StepHook, Written, write_bytes, write_image_file
+from .datafile import StepHook, Written, write_bytes, write_image_file
 from .filesystem import fsync_directory, make_directories, remove_again, rename_new
 from .latest_link import point_latest
+from .manifest_writing import manifest_of, stops_in
 from .temporaries import check_nonce, claim, leftovers, made_and_held, new_nonce, remove_leftover
 
 logger = logging.getLogger(__name__)
@@ -48,6 +44,16 @@ _ADVICE = {
 }
 
 
+class Parts(Protocol):
+    """Files `paths` of a checkpoint that this host and others write together."""
+
+    paths: Sequence[str]
+
+    def write(self, image: str, temporary: str, hashing: Executor, step_hook: StepHook) -> dict[str, Written]:
+        """All of them, into the hidden directory `temporary`, which has their folders: returns when every host has made
+        its part durable. Raises CheckpointError or OSError if one of them has not."""
+
+
 class CommitJob(msgspec.Struct, frozen=True):
     """One checkpoint to commit.
 
@@ -55,7 +61,8 @@ class CommitJob(msgspec.Struct, frozen=True):
     taken as they are; `documents` are the small files of this save that are not in the image. The rest is for the
     manifest. The image must not change until `commit` has returned. `timeout_s` bounds what can be waited for in vain:
     an object store. `original`: the image is a checkpoint that was committed elsewhere, and these are the bytes of its
-    manifest; the copy gets the same ones, and is committed only if its files are what they say.
+    manifest; the copy gets the same ones, and is committed only if its files are what they say. `parts`: the image has
+    holes, which other hosts write.
     """
 
     directory: str
@@ -70,6 +77,7 @@ class CommitJob(msgspec.Struct, frozen=True):
     run: str = ""
     timeout_s: float = 600.0
     original: bytes = b""
+    parts: Parts | None = None
 
     @property
     def final(self) -> str:
@@ -217,12 +225,17 @@ def _fill_and_publish(job: CommitJob, temporary: str, step_hook: StepHook) -> Co
 
 
 def _write_files(job: CommitJob, temporary: str, step_hook: StepHook) -> dict[str, Written]:
-    written = {}
+    written: dict[str, Written] = {}
+    stops = stops_in(job)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash") as hashing:
-        for path in job.files:
+        if job.parts is not None:
+            for path in job.parts.paths:
+                _destination(temporary, path)
+            written |= job.parts.write(job.image, temporary, hashing, step_hook)
+        for path in (path for path in job.files if path not in written):
             destination = _destination(temporary, path)
             step_hook(f"write:{path}")
-            written[path] = write_image_file(job.image, path, destination, hashing, step_hook)
+            written[path] = write_image_file(job.image, path, destination, hashing, step_hook, stops.get(path))
     for path, data in job.documents.items():
         destination = _destination(temporary, path)
         step_hook(f"write:{path}")
@@ -234,35 +247,6 @@ def _write_manifest(job: CommitJob, temporary: str, written: dict[str, Written],
     data = manifest_of(job, written)
     step_hook("manifest")
     write_bytes(data, MANIFEST_NAME, os.path.join(temporary, MANIFEST_NAME), step_hook)
-
-
-def manifest_of(job: CommitJob, written: dict[str, Written]) -> bytes:
-    """The bytes of the manifest, which name every file but itself. Raises CheckpointError."""
-    if job.original:
-        return _same_as_original(job, written)
-    chunks = {path: list(file.chunks) for path, file in written.items() if file.chunks}
-    manifest = Manifest(
-        format=FORMAT,
-        step=job.step,
-        metrics=job.metrics,
-        extra=job.extra,
-        files={path: file.entry for path, file in written.items()},
-        world=job.world,
-        versions=job.versions,
-        run=job.run,
-        created_unix_s=time.time(),
-        chunks=Chunks(CHUNK_BYTES, chunks) if chunks else None,
-    )
-    return encode_manifest(manifest)
-
-
-def _same_as_original(job: CommitJob, written: dict[str, Written]) -> bytes:
-    there = decode_manifest(job.original).files
-    for path in sorted(there.keys() | written.keys()):
-        if path not in there or path not in written or written[path].entry != there[path]:
-            raise CheckpointError(f"{os.path.join(job.image, path)} is not what its manifest says: it is damaged, and "
-                                  f"is not copied; `async-ckpt-saver verify` says where")  # fmt: skip
-    return job.original
 
 
 def _check_there(temporary: str, written: dict[str, Written]) -> None:
@@ -328,7 +312,7 @@ def _commit_error(job: CommitJob, error: Exception) -> CommitError:
     subject = f"step {job.step} was not committed to {job.directory}"
     if isinstance(error, FileExistsError) and job.final in (error.filename, error.filename2):
         return AlreadyCommittedError(f"{subject}: {job.final} exists already", error.errno)
-    code = error.errno if isinstance(error, OSError) else None
+    code: int | None = getattr(error, "errno", None)  # of this host, or of another that has written its part
     known = isinstance(error, (OSError, CheckpointError))
     advice = f": {_ADVICE[code]}; the next save tries again" if code in _ADVICE else ""
     return CommitError(f"{subject}: {error if known else repr(error)}{advice}", code)

@@ -124,7 +124,7 @@ def test_what_could_not_be_read_back_is_refused_at_writing(fields: dict[str, obj
         (b"[]", "object"),
         (b"\xff\xfe", "damaged"),
         (b'{"format": 1, "step": 3, "metrics": {}, "files": {}, "extra": {"a": ' + b"[" * 100_000, "damaged"),
-        (b'{"format": 2, "step": 3, "metrics": {}, "extra": {}, "files": {}}', "format 2"),
+        (b'{"format": 3, "step": 3, "metrics": {}, "extra": {}, "files": {}}', "format 3"),
         (b'{"step": 3, "metrics": {}, "extra": {}, "files": {}}', "format"),
         (b'{"format": 1, "step": "3", "metrics": {}, "extra": {}, "files": {}}', "step"),
         (

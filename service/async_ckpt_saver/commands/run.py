@@ -19,6 +19,7 @@ from ..settings import (
     LEASE,
     LOG_LEVEL,
     ROOT,
+    SHARED_FS,
     Setting,
     require,
 )
@@ -36,6 +37,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
     "where": (BIND, ROOT),
     "keys": (CURVE_SECRET, CURVE_ALLOW),
     "time": (KEEP_IMAGE, GRACE, LEASE),
+    "hosts": (SHARED_FS,),
     "eyes": (HTTP, LOG_LEVEL),
 }
 SETTINGS = tuple(setting for group in GROUPS.values() for setting in group)
@@ -80,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         keep_image_s=keep_image_s,
         grace_s=values["grace_s"].value,
         lease_s=values["lease_s"].value,
+        direct=values["shared_fs"].value == "direct",
         orphan_image_s=min(20.0, keep_image_s) if options.embedded else keep_image_s,
     )
 

@@ -37,7 +37,10 @@ WINDOW = 6  # pieces on their way; with as many unheard ones a lane has room
 
 class Way(Protocol):
     """To the saver of another host, equal to itself as long as the session lasts. What is said while there is none is
-    lost."""
+    lost. `name` is that of the host, for people."""
+
+    @property
+    def name(self) -> str: ...
 
     def say(self, word: Said) -> None: ...
 

@@ -69,6 +69,9 @@ class Link(Protocol):
     encrypted: bool
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def silent_s(self) -> float: ...
 
     @property
@@ -91,15 +94,15 @@ class _End:
 
 
 class Dialler:
-    """`host` and `name` say who we are: `slots.shm_identity`, and for people."""
+    """`host` and `name` say who we are: `slots.shm_identity`, and for people. `direct` as in `Hello`."""
 
     def __init__(
         self, lead: Lead, host: str, name: str, loop: asyncio.AbstractEventLoop, events: LinkEvents,
-        now_s: Callable[[], float],
+        now_s: Callable[[], float], *, direct: bool = False,
     ) -> None:  # fmt: skip
         self.open = False
         self.encrypted = bool(lead.server_key)
-        self._lead, self._host, self._name = lead, host, name
+        self._lead, self._host, self._name, self._direct = lead, host, name, direct
         self._loop, self._events, self._now_s = loop, events, now_s
         reuse_large_blocks()
         self._piece_lanes = CURVE_PIECE_LANES if self.encrypted else PIECE_LANES
@@ -112,6 +115,10 @@ class Dialler:
         self._denied = False
         self._begin()
         self._timer = loop.call_later(_TICK_S, self._tick)
+
+    @property
+    def name(self) -> str:
+        return self._lead.endpoint
 
     @property
     def silent_s(self) -> float:
@@ -194,7 +201,7 @@ class Dialler:
         for lane, end in enumerate(self._ends):
             if not end.welcome:
                 self._send(end, Hello(protocol=LINK_PROTOCOL, session=self._session, lane=lane, host=self._host,
-                                      name=self._name))  # fmt: skip
+                                      name=self._name, direct=self._direct))  # fmt: skip
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(_TICK_S, self._tick)

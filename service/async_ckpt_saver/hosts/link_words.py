@@ -24,9 +24,10 @@ from async_ckpt.core.limits import (
     MAX_STEP,
     MAX_WORLD,
 )
+from async_ckpt.core.pieces import MAX_PIECES as MAX_FILE_PIECES
 from async_ckpt.core.protocol import Layout, Options
 
-LINK_PROTOCOL = 2
+LINK_PROTOCOL = 3
 MAX_LANES = 17
 MAX_PIECES = 1 << 40
 MAX_SPANS = MAX_CLAIMS + MAX_FILES
@@ -41,6 +42,7 @@ _Payload = Annotated[bytes, msgspec.Meta(max_length=MAX_MESSAGE_BYTES)]
 _Directory = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_DIRECTORY_CHARS)]
 _Digest = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 _Number = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PIECES)]
+_Temporary = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -56,13 +58,15 @@ class _Said(_Word, frozen=True, kw_only=True):
 
 class Hello(_Word, frozen=True):
     """First word on each lane of a session, until `Welcome`. `host` is what `slots.shm_identity` says there, `name` is
-    for people. `session` is random: a relay that starts anew has another one."""
+    for people. `session` is random: a relay that starts anew has another one. `direct`: it writes its ranks' parts of a
+    checkpoint itself, if it is asked to (`--shared-fs direct`)."""
 
     protocol: int
     session: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     lane: Annotated[int, msgspec.Meta(ge=0, lt=MAX_LANES)]
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     name: Annotated[str, msgspec.Meta(max_length=256)]
+    direct: bool = False
 
 
 class Beat(_Word, frozen=True):
@@ -88,7 +92,7 @@ class Say(_Said, frozen=True):
 
 class Offer(_Said, frozen=True):
     """Rank `identity` has staged `step` in `slot`. `record` is its `SaveRecord` if it wrote one. Answered by `Wanted`
-    or `Held`."""
+    or `Held`; by its outcome alone where hosts write their parts themselves."""
 
     identity: _Identity
     slot: _Slot
@@ -113,6 +117,24 @@ class Left(_Said, frozen=True):
     does not know it."""
 
     identity: _Identity
+
+
+class PartWritten(_Said, frozen=True):
+    """Answers `WritePart`: all of it is durable. `hashes` are the xxh3-64 of its pieces (`parts.part_of`), in their
+    order, 8 bytes each, little-endian."""
+
+    identity: _Identity
+    name: _Temporary
+    hashes: Annotated[bytes, msgspec.Meta(max_length=8 * MAX_FILE_PIECES)]
+
+
+class PartFailed(_Said, frozen=True):
+    """Answers `WritePart`: why it was not written, and the system's error, 0 if it was none."""
+
+    identity: _Identity
+    name: _Temporary
+    reason: Annotated[str, msgspec.Meta(max_length=4096)]
+    code: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)] = 0
 
 
 class CopyHeld(_Said, frozen=True):
@@ -154,7 +176,9 @@ class CopyGone(_Said, frozen=True):
 
 
 Copied: TypeAlias = CopyWanted | CopyPiece | CopyGone
-FromRelay: TypeAlias = Hello | Beat | Missing | Say | Offer | Piece | Left | CopyHeld | CopyFailed | Copied
+FromRelay: TypeAlias = (
+    Hello | Beat | Missing | Say | Offer | Piece | Left | PartWritten | PartFailed | CopyHeld | CopyFailed | Copied
+)  # fmt: skip
 
 
 class Welcome(_Word, frozen=True):
@@ -179,7 +203,8 @@ class Tell(_Said, frozen=True):
 
 
 class Opened(_Said, frozen=True):
-    """A run of which `Share`s follow. `keeps`: this relay is to keep copies of what the run commits."""
+    """A run of which `Share`s follow. `keeps`: this relay is to keep copies of what the run commits.
+    `hosts_write`: it is to write its ranks' parts of each checkpoint itself."""
 
     run: _Name
     job: _Name
@@ -187,6 +212,7 @@ class Opened(_Said, frozen=True):
     layout: Layout
     versions: Annotated[dict[_Name, _Name], msgspec.Meta(max_length=64)]
     keeps: bool = False
+    hosts_write: bool = False
 
 
 class Share(_Said, frozen=True):
@@ -214,6 +240,17 @@ class Held(_Said, frozen=True):
     step: _Step
 
 
+class WritePart(_Said, frozen=True):
+    """Write what the ranks of your host own of `step`, in `slot`, into the files that are there in the directory `name`
+    beside the checkpoint to come; make none. `identity` is one of these ranks. Answered by `PartWritten` or
+    `PartFailed`; asked again in each new session until one of them was heard."""
+
+    identity: _Identity
+    slot: _Slot
+    step: _Step
+    name: _Temporary
+
+
 class CopyOffered(_Said, frozen=True):
     """Keep a copy of this committed checkpoint: ask for its pieces. Answered by `CopyHeld` or `CopyFailed`."""
 
@@ -229,10 +266,11 @@ class CopyForgotten(_Said, frozen=True):
 
 FromLead: TypeAlias = (
     Welcome | Unwelcome | Stranger | Beat | Missing | Tell | Opened | Share | Wanted | Held
-    | CopyOffered | CopyForgotten | Copied
+    | WritePart | CopyOffered | CopyForgotten | Copied
 )  # fmt: skip
 OfCopies: TypeAlias = CopyHeld | CopyFailed | CopyOffered | CopyForgotten | Copied
-Said: TypeAlias = Say | Offer | Piece | Left | Tell | Opened | Share | Wanted | Held | OfCopies
+OfParts: TypeAlias = PartWritten | PartFailed | WritePart
+Said: TypeAlias = Say | Offer | Piece | Left | Tell | Opened | Share | Wanted | Held | OfParts | OfCopies
 
 _encoder = msgspec.msgpack.Encoder()
 _from_relay = msgspec.msgpack.Decoder(FromRelay)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -68,13 +69,17 @@ class Links:
         return all(now_s - each.since_s > _NEW_S for each in self._open.values())
 
     def dial(self, lead: Lead, events: LinkEvents) -> Dialler:
-        return Dialler(lead, shm_identity(), socket.gethostname(), self._loop, events, self._services.now_s)
+        return Dialler(lead, shm_identity(), socket.gethostname(), self._loop, events, self._services.now_s,
+                        direct=self._services.direct)
 
     def tell(self, identity: bytes, message: FromSaver) -> bool:
         return self._reception.tell(identity, message)
 
     def way_of(self, identity: bytes) -> Way | None:
         return self._reception.way_of(identity)
+
+    def relays_of(self, identities: Iterable[bytes]) -> Mapping[bytes, Session]:
+        return self._reception.relays_of(identities)
 
     def hosts(self) -> list[HostStatus]:
         return self._reception.hosts([each.sessions for each in self._open.values()])

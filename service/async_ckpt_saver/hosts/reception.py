@@ -4,6 +4,7 @@ to their relays."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -42,6 +43,8 @@ from .link_words import (
     OfCopies,
     Offer,
     Opened,
+    PartFailed,
+    PartWritten,
     Piece,
     Said,
     Say,
@@ -83,7 +86,8 @@ class Reception:
         return True
 
     def word(self, sessions: Sessions, session: Session, word: Said, payload: memoryview | None) -> None:
-        identity = word.identity if isinstance(word, Say | Offer | Piece | Left) else b""
+        of_a_rank = Say | Offer | Piece | Left | PartWritten | PartFailed
+        identity = word.identity if isinstance(word, of_a_rank) else b""
         try:
             if isinstance(word, OfCopies):
                 self._copy_word(SessionWay(sessions, session), word)
@@ -95,6 +99,9 @@ class Reception:
                 self._offer(sessions, session, word)
             elif isinstance(word, Piece):
                 self._piece(sessions, session, word, payload)
+            elif isinstance(word, PartWritten | PartFailed):
+                if (place := self._hub.run_of(identity)) is not None:
+                    self._services.parts.answered(*place, word)
             elif isinstance(word, Left):
                 self._hub.remote_gone(identity)
                 self._hub.receive(identity, Ping(unsettled=[]))
@@ -143,6 +150,10 @@ class Reception:
             for session in each.all
         ]
 
+    def relays_of(self, identities: Iterable[bytes]) -> Mapping[bytes, Session]:
+        """Who speaks for them; those of this host are left out."""
+        return {each: self._sessions[each][1] for each in identities if each in self._sessions}
+
     def way_of(self, identity: bytes) -> SessionWay | None:
         place = self._sessions.get(identity)
         return None if place is None else SessionWay(*place)
@@ -168,7 +179,8 @@ class Reception:
             else:
                 raise SenselessError(f"a {type(message).__name__} of a rank that is not this relay's")
         self._hub.receive(word.identity, message)
-        if isinstance(message, Ready) and (rank := self._rank(word.identity)) is not None:
+        rank = self._rank(word.identity) if isinstance(message, Ready) else None
+        if rank is not None and not rank.writes_itself:
             self._services.spawn(self._services.in_thread(rank.prepare))
 
     def _admit(self, sessions: Sessions, session: Session, identity: bytes, message: Register | Refuse) -> None:
@@ -204,6 +216,7 @@ class Reception:
         run = self._hub.run_of(identity)
         if run is not None and (before is None or before[1] is not session):
             self._services.spreading.bound(run[0], session.host, SessionWay(sessions, session))
+            self._services.parts.bound(run[0], session.host, SessionWay(sessions, session))
 
     def _unbind(self, identity: bytes) -> None:
         place = self._sessions.pop(identity, None)
@@ -229,7 +242,8 @@ class Reception:
             session.opened.add(path.name)
             keeps = record.options.replicas > 0 and session.host == keeper_of(record.peers)
             sessions.say(session, Opened(run=path.name, job=record.job, options=record.options, layout=layout,
-                                         versions=record.versions, keeps=keeps))  # fmt: skip
+                                         versions=record.versions, keeps=keeps,
+                                         hosts_write=record.hosts_write))  # fmt: skip
         sessions.say(session, Share(identity=identity, run=path.name, rank=rank, owned=granted.owned,
                                     replicated=granted.replicated, spans=pack(spans)))  # fmt: skip
 
@@ -239,8 +253,9 @@ class Reception:
             self._hub.receive(word.identity, Ping(unsettled=[word.step]))  # it hears that it is not known
             return
         held = rank.offer(word)
-        answer = Held if held else Wanted
-        sessions.say(session, answer(identity=word.identity, step=word.step))
+        if held or not rank.writes_itself:  # else its outcome is the answer
+            answer = Held if held else Wanted
+            sessions.say(session, answer(identity=word.identity, step=word.step))
 
     def _fail(self, run: LiveRun, rank: int, word: Offer | Piece, reason: str) -> None:
         """Its outcome ends the transfer on both sides."""

@@ -1,6 +1,7 @@
 """A rank on another host, as the lead has it: its bytes come over a link, and its cells are written here.
 
-The order is a rank's own: WRITING, then bytes, then STAGED. So for all that comes after (what is complete, the commit,
+The order is a rank's own: WRITING, then bytes, then STAGED. Where hosts write their parts themselves no bytes come, and
+STAGED says that its host has them, in a slot that is kept until the outcome. So for all that comes after (what is complete, the commit,
 a lead that was killed and follows its journal) it is a rank like any other.
 """
 
@@ -41,13 +42,18 @@ class RemoteRank:
         self._incoming = Incoming(self._pieces.count)
         self._mapped = MappedImages(image, writable=True)
 
+    @property
+    def writes_itself(self) -> bool:
+        """Its host does."""
+        return self.run.image.record.hosts_write
+
     def prepare(self) -> None:
         """Takes time; for a thread. What is written first is then written as fast as what comes later."""
         self._mapped.populate(self._spans)
 
     def offer(self, word: Offer) -> bool:
-        """Whether the step is held already, or wanted no more; else all its pieces are to come. Raises SenselessError,
-        CheckpointError."""
+        """Whether the step is held already, or wanted no more; else all its pieces are to come, or, if its host writes
+        them, none. Raises SenselessError, CheckpointError."""
         image = self.run.image
         if not self.run.started:
             raise SenselessError(f"step {word.step} before the run has started")
@@ -56,9 +62,10 @@ class RemoteRank:
         state = image.states[word.slot]
         cell = state.cell(self.rank)
         staged = cell.phase is Phase.STAGED and cell.step == word.step
-        if staged or self.run.outcome(word.step) is not None or word.step <= state.settled_step:
+        settled = self.run.outcome(word.step) is not None or word.step <= state.settled_step
+        if staged or settled:
             self._report(word)
-            return True
+            return settled or not self.writes_itself
         if cell.step > word.step:
             raise SenselessError(f"step {word.step} for slot {word.slot}, which holds step {cell.step} already")
         if word.record is not None:
@@ -67,6 +74,9 @@ class RemoteRank:
         if word.record is not None:
             image.slots[word.slot].write_record(self.rank, decode_stored(word.record, SaveRecord))
         self._incoming.begin(word)
+        if self.writes_itself:
+            self._staged(word)
+            return False
         return self._finish()
 
     def piece(self, word: Piece, payload: memoryview, *, proved: bool) -> bool:
@@ -75,6 +85,8 @@ class RemoteRank:
         if not 0 <= word.number < self._pieces.count:
             raise SenselessError(f"piece {word.number} of {self._pieces.count}")
         offer = self._incoming.offer
+        if self.writes_itself:
+            raise SenselessError(f"piece {word.number} of a step that its host writes itself")
         if offer is None or not self._incoming.expects(word.step, word.number):
             return False
         if self.run.outcome(word.step) is not None:  # its slot may hold another step by now, at the relay
@@ -114,10 +126,13 @@ class RemoteRank:
         offer = self._incoming.complete
         if offer is None:
             return False
+        self._staged(offer)
+        return True
+
+    def _staged(self, offer: Offer) -> None:
         self._incoming.end()
         self.run.image.states[offer.slot].mark(self.rank, Phase.STAGED, offer.step, offer.copy_s)
         self._report(offer)
-        return True
 
     def _report(self, offer: Offer) -> None:
         staged = Staged(seq=0, slot=offer.slot, step=offer.step, copy_s=offer.copy_s, stall_s=offer.stall_s)

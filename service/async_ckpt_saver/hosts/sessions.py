@@ -42,12 +42,13 @@ _IDLE_S = 120.0  # after which a relay that said nothing is forgotten; it begins
 @dataclass(eq=False)
 class Session:
     """One relay. `identities` are the ranks that it speaks for, `opened` the runs that it was told of. One that began
-    later has a higher `number`."""
+    later has a higher `number`. `direct` as in `Hello`."""
 
     token: bytes
     host: str
     name: str
     heard_s: float
+    direct: bool = False
     lanes: dict[int, tuple[bytes, Lane]] = field(default_factory=dict)
     identities: set[bytes] = field(default_factory=set)
     opened: set[str] = field(default_factory=set)
@@ -61,6 +62,10 @@ class SessionWay:
 
     sessions: Sessions
     session: Session
+
+    @property
+    def name(self) -> str:
+        return self.session.name
 
     def say(self, word: Said) -> None:
         self.sessions.say(self.session, word)
@@ -175,7 +180,7 @@ class Sessions:
                 self._rejections.count("limit", f"{len(self._sessions)} relays are connected (MAX_SESSIONS)")
                 self._answer(routing, Unwelcome(reason=f"the lead serves {len(self._sessions)} relays already"))
                 return
-            session = Session(word.session, word.host, word.name, self._now_s())
+            session = Session(word.session, word.host, word.name, self._now_s(), word.direct)
             self._sessions[word.session] = session
             log.info("relay %s is connected", word.name)
         known = session.lanes.get(word.lane)
