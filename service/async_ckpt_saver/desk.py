@@ -23,7 +23,7 @@ from .coverage import Ownership
 from .image import RunImage
 from .kept import kept_image
 from .live import LiveRun
-from .opening import record_of, remote_shares
+from .opening import open_image, record_of
 from .refusals import Refusals
 from .registration import Complete, Grant, Refusal, Registration, Verdict, Want
 from .services import Services
@@ -234,7 +234,7 @@ class Desk:
 
     async def _open(self, registration: Registration, grant: Grant) -> None:
         """What the machine may refuse: the directory, shared memory."""
-        record = record_of(registration, grant)
+        record = record_of(self._services, registration, grant)
         try:
             storage = self._services.storage(self.directory)
             image, undo = await self._services.in_thread(lambda: self._prepare(record, grant, registration), storage)
@@ -258,8 +258,7 @@ class Desk:
     ) -> tuple[RunImage, Callable[[], None]]:
         undo = self._tiers(record.options).prepare()
         try:
-            shares = remote_shares(registration, grant)
-            return RunImage.create(self._services.endpoint, record, grant.layout, shares), undo
+            return open_image(self._services.endpoint, record, grant, registration), undo
         except BaseException:
             undo()
             raise

@@ -82,6 +82,7 @@ class Hub:
         for each in self._uploaders():
             await each.close()
         self._services.copies.close()
+        self._services.parts.leave_soon()
         await self._services.drain()
         for desk in self._desks.values():
             desk.close()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.limits import MAX_REASON_CHARS
@@ -36,11 +35,12 @@ from .image import RunImage
 from .memory import give_back
 from .preemption import Action as Word
 from .preemption import Agreement, Tell
+from .retaining import retain
 from .run import Action, Commit, Report, Run
 from .services import Services
 from .status import Chronicle, RunState, RunStatus, run_status
 from .storage import Committed
-from .tracing import RunTrace, StepTrace
+from .tracing import RunTrace
 from .uploader import Uploader
 from .writer import CommitResult
 
@@ -103,6 +103,9 @@ class LiveRun:
     @property
     def living(self) -> list[Peer]:
         return [peer for peer in self.image.record.peers if not self._machine.gone(peer.rank)]
+
+    def gone(self, rank: int) -> bool:
+        return self._machine.gone(rank)
 
     def outcome(self, step: int) -> Settled | None:
         return self._machine.settled(step)
@@ -270,6 +273,7 @@ class LiveRun:
         give_back()
 
     def _leave(self, rank: int, reason: str) -> None:
+        self._services.parts.lost(self, rank)
         self._perform(self._machine.leave(rank, reason))
         self._agree(self._agreement.leave(rank))
         self._maybe_end()
@@ -299,8 +303,9 @@ class LiveRun:
 
     async def _commit(self, order: Commit) -> None:
         trace = self._trace.step(order.step) if self._trace is not None else None
+        parts = self._services.parts.begin(self, order)
         try:
-            job = self.image.commit_job(order)
+            job = self.image.commit_job(order, parts)
             still_whole = self.image.states[order.slot].complete_step
 
             def commit() -> CommitResult:
@@ -311,35 +316,25 @@ class LiveRun:
 
             result = await self._services.in_thread(commit, self._storage)
         except Exception as error:  # whatever it is, training and the next save go on
+            if parts is not None and parts.left:
+                log.info("step %d of %s is left to the next saver: %s", order.step, self.image.directory, error)
+                return
             self._chronicle.commit_failed(order.step, error)
             if not isinstance(error, CheckpointError):
                 log.exception("commit of step %d failed", order.step)
+            self._services.parts.end(self)
             self._perform(self._machine.commit_failed(order.step, str(error) or repr(error)))
         else:
+            self._services.parts.end(self)
             if self._uploader is not None:
                 self._uploader.add(order.step)
             self._perform(self._machine.commit_done(order.step, result.settled(order.step, order.slot)))
             self._on_commit()
             self._services.spreading.committed(self, order.slot, job, result.path)
-            await self._retain(trace)
+            await retain(self._services, self._storage, self._uploader, self.image.record.options.policy, trace)
         if self._trace is not None:
             self._trace.done(order.step)
         self._maybe_end()
-
-    async def _retain(self, trace: StepTrace | None) -> None:
-        policy = self.image.record.options.policy
-
-        def retain(held: Collection[int] = ()) -> None:
-            with trace.retaining() if trace is not None else contextlib.nullcontext():
-                self._storage.retain(policy, held)
-
-        try:
-            if self._uploader is not None:
-                await self._uploader.retain(retain)
-            else:
-                await self._services.in_thread(retain, self._storage)
-        except (OSError, CheckpointError) as error:
-            log.error("retention in %s failed: %s", self.image.directory, error)
 
     def _maybe_end(self) -> None:
         if self._machine.finished and not self._ended:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import socket
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -70,6 +71,28 @@ class LocalStorage:
         self._newest = checkpoint_name(job.step)
         return msgspec.structs.replace(result, path=job.final, notice=notice)
 
+    @contextlib.contextmanager
+    def part_of_commit(self, name: str) -> Iterator[str]:
+        """The directory in which another host's saver makes a checkpoint: within the block the path that is given means
+        it, below `root`. Nothing is made. Raises CheckpointError where it cannot be seen, OSError."""
+        with below_root(self.directory, self._root, make=False) as place:
+            folder = os.path.join(place, name)
+            try:
+                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{os.path.join(self.directory, name)} is not there on {socket.gethostname()}, where the lead has "
+                    f"made it: --shared-fs direct needs one filesystem at {self.directory} on every host; mount it, or "
+                    f"leave the option out"
+                ) from None
+            try:
+                yield f"/proc/self/fd/{fd}"
+            except (OSError, CheckpointError) as error:
+                rename_in(error, f"/proc/self/fd/{fd}", folder)
+                raise
+            finally:
+                os.close(fd)
+
     def newest(self) -> tuple[int, str] | None:
         path = manifest.latest(self.directory)
         step = None if path is None else manifest.parse_step(path.name)
@@ -115,14 +138,14 @@ def prepare_directory(directory: Path, root: Path) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def below_root(directory: str, root: Path) -> Iterator[str]:
+def below_root(directory: str, root: Path, *, make: bool = True) -> Iterator[str]:
     """Within the block the path that is given means one directory below `root`, whatever is renamed, or replaced by a
     symbolic link, meanwhile: it leads through a descriptor, whose place is asked of the kernel when it is open.
 
-    Missing directories are made, durably, and never through a link. Raises CheckpointError if `directory` leads out
-    of `root`, OSError for the rest. Errors that leave the block name `directory`.
+    Missing directories are made, durably, and never through a link, if `make`. Raises CheckpointError if `directory`
+    leads out of `root`, OSError for the rest. Errors that leave the block name `directory`.
     """
-    fd = _open_below(directory, root)
+    fd = _open_below(directory, root, make=make)
     place = f"/proc/self/fd/{fd}"
     try:
         yield place
@@ -133,14 +156,14 @@ def below_root(directory: str, root: Path) -> Iterator[str]:
         os.close(fd)
 
 
-def _open_below(directory: str, root: Path) -> int:
+def _open_below(directory: str, root: Path, *, make: bool) -> int:
     present, missing = directory, list[str]()
     while True:
         try:
             fd = os.open(present, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             break
         except FileNotFoundError:
-            if os.path.lexists(present):  # a link to nowhere: what it means is not ours to make
+            if not make or os.path.lexists(present):  # a link to nowhere: what it means is not ours to make
                 raise
             present, name = os.path.split(present)
             missing.insert(0, name)

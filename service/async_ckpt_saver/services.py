@@ -24,7 +24,7 @@ from .upload_status import UploadedStep
 
 if TYPE_CHECKING:
     from .hosts.dialler import Link, LinkEvents
-    from .hosts.opened import Relay
+    from .hosts.who_writes import Relay
 
 T = TypeVar("T")
 

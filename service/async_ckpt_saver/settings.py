@@ -170,8 +170,8 @@ SHARED_FS = Setting(
     "relay or direct",
     "relay",
     "HOW",
-    "of jobs on several hosts: direct where the root's filesystem is safe for byte ranges that several hosts write (local, "
-    "Lustre, GPFS; not NFS): each writes what its ranks hold, instead of handing it to the lead",
+    "relay: the other hosts of a job hand over what they hold; direct: each writes it itself, on a filesystem that is "
+    "safe for ranges of a file that several hosts write (Lustre, GPFS; not NFS)",
 )
 LOG_LEVEL = Setting(
     "log_level", _one_of(*_LEVELS), f"one of {', '.join(_LEVELS)}", "info", "LEVEL", "say no less than this"

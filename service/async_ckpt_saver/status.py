@@ -79,7 +79,8 @@ class SlotStatus(msgspec.Struct, frozen=True):
 class RunStatus(msgspec.Struct, frozen=True):
     """`failures` counts saves that were not committed, by cause. `queue` are the steps that are staged or being staged
     and not yet being written. `last_commit_step` and `last_commit_age_s` are None before the first commit that this
-    saver made. `image_bytes` is the shared memory that the run holds."""
+    saver made. `image_bytes` is the shared memory that the run holds. `hosts_write`: every host writes its part itself;
+    `not_direct` says why not, where the saver was started with `--shared-fs direct`."""
 
     directory: str
     job: str
@@ -97,6 +98,8 @@ class RunStatus(msgspec.Struct, frozen=True):
     last_commit_step: int | None
     last_commit_age_s: float | None
     image_bytes: int
+    hosts_write: bool = False
+    not_direct: str = ""
 
 
 class HostStatus(msgspec.Struct, frozen=True):
@@ -261,6 +264,8 @@ def run_status(
         last_commit_step=chronicle.last_commit_step,
         last_commit_age_s=None if chronicle.last_commit_s is None else now_s - chronicle.last_commit_s,
         image_bytes=image.allocated_bytes(),
+        hosts_write=image.record.hosts_write,
+        not_direct=image.record.not_direct,
     )
 
 

@@ -37,6 +37,11 @@ def probe(directory: str | os.PathLike[str]) -> None:
             os.unlink(path)
 
 
+def is_temporary(name: str, step: int) -> bool:
+    """Whether a commit of `step` works under it."""
+    return _DIRECTORY.fullmatch(name) is not None and name.startswith(f".checkpoint-{step}.") and name.endswith(".tmp")
+
+
 def check_nonce(nonce: str) -> None:
     """Raises CheckpointError if names with `nonce` would not be recognised as ours later."""
     if not _NONCE.fullmatch(nonce):

@@ -47,7 +47,8 @@ _ADVICE = {
 class Parts(Protocol):
     """Files `paths` of a checkpoint that this host and others write together."""
 
-    paths: Sequence[str]
+    @property
+    def paths(self) -> Sequence[str]: ...
 
     def write(self, image: str, temporary: str, hashing: Executor, step_hook: StepHook) -> dict[str, Written]:
         """All of them, into the hidden directory `temporary`, which has their folders: returns when every host has made

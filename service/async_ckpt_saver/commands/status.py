@@ -144,6 +144,10 @@ def _run(run: RunStatus, now_unix_s: float) -> str:
         + (f"; not committed: {failed}" if failed else "")
         + (f"; waiting: steps {run.queue}" if run.queue else ""),
     ]
+    if run.hosts_write:
+        lines.append("  every host writes its own part")
+    if run.not_direct:
+        lines.append(f"  hosts hand over what they hold, in spite of --shared-fs direct: {run.not_direct}")
     if run.last_error:
         lines.append(f"  last error: {run.last_error}")
     rows = [_save(save, now_unix_s) for save in reversed(run.saves[-_SAVES_SHOWN:])]

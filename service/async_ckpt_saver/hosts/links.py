@@ -69,8 +69,15 @@ class Links:
         return all(now_s - each.since_s > _NEW_S for each in self._open.values())
 
     def dial(self, lead: Lead, events: LinkEvents) -> Dialler:
-        return Dialler(lead, shm_identity(), socket.gethostname(), self._loop, events, self._services.now_s,
-                        direct=self._services.direct)
+        return Dialler(
+            lead,
+            shm_identity(),
+            socket.gethostname(),
+            self._loop,
+            events,
+            self._services.now_s,
+            direct=self._services.direct,
+        )
 
     def tell(self, identity: bytes, message: FromSaver) -> bool:
         return self._reception.tell(identity, message)

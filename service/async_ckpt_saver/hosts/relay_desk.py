@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from pathlib import Path
 
 import msgspec
@@ -34,7 +35,7 @@ from ..image import RunImage
 from ..services import Services
 from ..status import RunStatus
 from ..watch import ProcessWatch
-from .link_words import Held, Left, OfCopies, Opened, Said, Say, Share, Tell, Wanted
+from .link_words import Held, Left, OfCopies, Opened, PartFailed, Said, Say, Share, Tell, Wanted, WritePart
 from .relay_image import create_relay_image
 from .relay_run import RelayRun
 
@@ -78,7 +79,7 @@ class RelayDesk:
 
     @property
     def serving(self) -> bool:
-        return bool(self._attaching) or any(run.living for run in self._runs)
+        return bool(self._attaching) or any(run.living or run.to_write for run in self._runs)
 
     @property
     def _awaits_end(self) -> bool:
@@ -210,8 +211,7 @@ class RelayDesk:
         if isinstance(word, OfCopies):
             self._services.copies.lead_word(self._link, self.directory, word)
             return
-        identity = word.identity
-        run = self._run_of(identity)
+        identity, run = word.identity, self._run_of(word.identity)
         if isinstance(word, Tell):
             try:
                 self._tell(identity, run, decode_from_saver(word.payload))
@@ -223,6 +223,11 @@ class RelayDesk:
                 self._open_if_shared(word.run)
         elif isinstance(word, Wanted | Held) and run is not None:
             run.transfer_word(run.ranks[identity], word)
+        elif isinstance(word, WritePart) and run is not None:
+            run.parts.word(word)
+        elif isinstance(word, WritePart):
+            reason = f"{socket.gethostname()} has nothing of this run any more"
+            self._link.say(PartFailed(identity=identity, name=word.name, reason=reason))
 
     def _tell(self, identity: bytes, run: RelayRun | None, message: FromSaver) -> None:
         if run is not None:
@@ -273,6 +278,7 @@ class RelayDesk:
             launcher=None,
             versions=opened.versions,
             lead=self._lead,
+            hosts_write=opened.hosts_write,
         )
         try:
             image = await self._services.in_thread(

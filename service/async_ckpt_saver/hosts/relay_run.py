@@ -45,6 +45,8 @@ from .dialler import Link
 from .link_words import Held, Left, Offer, Piece, Say, Wanted
 from .mapped import MappedImages
 from .outgoing import Leave, Outgoing, Report, Transfer
+from .part_writer import PartWriter
+from .relay_image import note_settled
 from .shares import read_share
 from .spans import Pieces
 
@@ -87,7 +89,11 @@ class RelayRun:
         self._over: set[int] = set()  # and the lead knows it, or does not know them any more
         self._mapped = MappedImages(image, writable=False)
         self._ended = False
-        services.spawn(services.in_thread(lambda: self._mapped.populate([s for each in spans.values() for s in each])))
+        self.parts = PartWriter(services, image, link, spans)
+        if not image.record.hosts_write:
+            services.spawn(
+                services.in_thread(lambda: self._mapped.populate([s for each in spans.values() for s in each]))
+            )
 
     @property
     def started(self) -> bool:
@@ -96,6 +102,11 @@ class RelayRun:
     @property
     def living(self) -> list[Peer]:
         return [peer for peer in self.image.record.peers if peer.rank not in self._leaving]
+
+    @property
+    def to_write(self) -> bool:
+        """The lead may ask for what was staged here, and nobody else has it."""
+        return self.image.record.hosts_write and not all(out.empty for out in self._out.values())
 
     def status(self, state: RunState) -> RunStatus:
         queue = sorted({step for out in self._out.values() for step in out.steps})
@@ -253,18 +264,8 @@ class RelayRun:
                 self._settled.popitem(last=False)
         for out in self._out.values():
             out.over(settled.step)
-        self._note_settled(settled.slot)
-
-    def _note_settled(self, slot: int) -> None:
-        """In the journal: up to which step all that was put into `slot` is settled. One that was skipped because the
-        slot still holds an earlier one does not count before that one does."""
-        if slot >= len(self.image.states):
-            return
-        told = self.image.states[slot].settled_step
-        held = [cell.step for rank in self._peers for cell in self.image.staged_cells(rank)
-                if cell.slot == slot and cell.step > told and cell.step not in self._settled]  # fmt: skip
-        steps = [each.step for each in self._settled.values() if each.slot == slot]
-        self.image.settle(slot, max((step for step in steps if not held or step < min(held)), default=-1))
+        self.parts.over(settled.step)
+        note_settled(self.image, settled.slot, self._settled)
 
     def _lost(self, rank: int, answer: FromSaver) -> None:
         """The lead does not know it, or no longer: it has heard of its end, or has given it up."""
@@ -289,6 +290,7 @@ class RelayRun:
     def end(self) -> None:
         if not self._ended:
             self._ended = True
+            self.parts.over()
             self._mapped.close()
             self._on_end()
             give_back()

@@ -1,8 +1,8 @@
 """A rank on another host, as the lead has it: its bytes come over a link, and its cells are written here.
 
 The order is a rank's own: WRITING, then bytes, then STAGED. Where hosts write their parts themselves no bytes come, and
-STAGED says that its host has them, in a slot that is kept until the outcome. So for all that comes after (what is complete, the commit,
-a lead that was killed and follows its journal) it is a rank like any other.
+STAGED says that its host has them, in a slot that is kept until the outcome. So for all that comes after (what is
+complete, the commit, a lead that was killed and follows its journal) it is a rank like any other.
 """
 
 from __future__ import annotations
