@@ -64,6 +64,13 @@ class RunImage:
                 raise
         return image
 
+    def sizes_bytes(self) -> list[int]:
+        """Of each of `record.files`. Raises CheckpointError."""
+        try:
+            return [(self.slots[0].image / name).stat().st_size for name in self.record.files]
+        except OSError as error:
+            raise CheckpointError(f"the image of {self.path} cannot be looked at: {error}") from error
+
     def allocated_bytes(self) -> int:
         """The shared memory that the run holds now: 0 once it has been removed."""
         total_bytes = 0

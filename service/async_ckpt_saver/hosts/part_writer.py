@@ -61,6 +61,7 @@ class PartWriter:
                 raise CheckpointError(f"{storage.directory} is no directory")
             hashes = await self._services.in_thread(partial(self._into, storage, word), storage)
             answer = PartWritten(identity=word.identity, name=word.name, hashes=hashes)
+            log.info("step %d of %s: the part of this host is written", word.step, self._image.directory)
         except Exception as error:  # whatever it is, the lead has to hear of it, or it would wait
             known = isinstance(error, (OSError, CheckpointError))
             if not known:

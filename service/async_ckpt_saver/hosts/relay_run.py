@@ -76,11 +76,7 @@ class RelayRun:
         self._services, self._link = services, link
         self._grants, self._on_end, self._on_fail = grants, on_end, on_fail
         self._chronicle = Chronicle(services.loop.time, lambda save: services.on_settled(save))
-        paths = [image.slots[0].image / name for name in image.record.files]
-        try:
-            sizes_bytes = [path.stat().st_size for path in paths]
-        except OSError as error:
-            raise CheckpointError(f"the image of {image.path} cannot be looked at: {error}") from error
+        sizes_bytes = image.sizes_bytes()
         spans = {rank: read_share(image.path, rank, sizes_bytes) for rank in self._peers}
         self._pieces = {rank: Pieces(each) for rank, each in spans.items()}
         self._out = {rank: Outgoing(pieces.count) for rank, pieces in self._pieces.items()}

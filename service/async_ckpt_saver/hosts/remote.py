@@ -10,7 +10,6 @@ from __future__ import annotations
 import msgspec
 import xxhash
 
-from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.protocol import Failed, SaveRecord, Staged, decode_stored
 from async_ckpt.core.slots import Phase
 
@@ -32,12 +31,7 @@ class RemoteRank:
     def __init__(self, run: LiveRun, rank: int) -> None:
         self.run, self.rank = run, rank
         image = run.image
-        self._paths = [image.slots[0].image / name for name in image.record.files]
-        try:
-            sizes_bytes = [path.stat().st_size for path in self._paths]
-        except OSError as error:
-            raise CheckpointError(f"the image of {image.path} cannot be looked at: {error}") from error
-        self._spans = read_share(image.path, rank, sizes_bytes)
+        self._spans = read_share(image.path, rank, image.sizes_bytes())
         self._pieces = Pieces(self._spans)
         self._incoming = Incoming(self._pieces.count)
         self._mapped = MappedImages(image, writable=True)

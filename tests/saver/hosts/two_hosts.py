@@ -11,7 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from async_ckpt.core.protocol import (
     Options,
     Ping,
     Ready,
+    Refused,
     Register,
     SaveRecord,
     Settled,
@@ -67,9 +68,13 @@ def possible() -> bool:
 class Host:
     """One saver."""
 
-    def __init__(self, name: str, folder: Path, root: Path, *, lease_s: float, size: str) -> None:
-        self.name, self._folder, self._root, self._size = name, folder, root, size
-        self._options = ["--log-level", "debug", "--grace-s", "0", "--lease-s", f"{lease_s:g}"]
+    def __init__(
+        self, name: str, folder: Path, root: Path, *, lease_s: float, size: str, options: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self._folder, self.root, self._size = name, folder, root, size
+        self._options = ["--log-level", "debug", "--grace-s", "0", "--lease-s", f"{lease_s:g}", *options]
+        self._env = env
         self.endpoint = f"ipc://{folder}/{name}/saver.sock"
         (folder / name).mkdir(mode=0o700)
         self.start()
@@ -82,7 +87,9 @@ class Host:
             until(lambda: self._device(self._keeper.pid) != os.stat("/dev/shm").st_dev, "a /dev/shm of its own")
         wrapper = ["nsenter", "--mount", f"--target={self._keeper.pid}"]
         log = self._folder / f"{self.name}.log"
-        self.saver = SaverProcess(self.endpoint, self._root, log, *self._options, *options, wrapper=wrapper).up()
+        self.saver = SaverProcess(
+            self.endpoint, self.root, log, *self._options, *options, env=self._env, wrapper=wrapper
+        ).up()
 
     @property
     def shm(self) -> str:
@@ -176,6 +183,10 @@ class Rank:
     def ready(self) -> None:
         self.granted = self.peer.hear(Granted)
         self.peer.say(Ready())
+
+    def refused(self) -> str:
+        """Why it cannot attach, which it may hear at first, or when it is ready."""
+        return self.peer.hear(Refused).reason
 
     def slot(self, number: int) -> SlotPaths:
         assert self.granted is not None
@@ -274,13 +285,17 @@ class Job:
 
 @contextlib.contextmanager
 def hosts(
-    folder: Path, root: Path, names: str = "ab", *, lease_s: float = 30.0, small: int | None = None
-) -> Iterator[list[Host]]:
-    """The first one is to be the lead. `small`: the number of one whose /dev/shm holds no image."""
+    folder: Path, root: Path, names: str = "ab", *, lease_s: float = 30.0, small: int | None = None, direct: str = "",
+    envs: Mapping[str, dict[str, str]] | None = None,
+) -> Iterator[list[Host]]:  # fmt: skip
+    """The first one is to be the lead. `small`: the number of one whose /dev/shm holds no image. `direct`: the names of
+    those with --shared-fs direct. `envs`: variables of some of their savers, by name."""
     made: list[Host] = []
     try:
         for number, name in enumerate(names):
-            made.append(Host(name, folder, root, lease_s=lease_s, size="2m" if number == small else "50%"))
+            made.append(Host(name, folder, root, lease_s=lease_s, size="2m" if number == small else "50%",
+                             options=["--shared-fs", "direct"] if name in direct else [],
+                             env=(envs or {}).get(name)))  # fmt: skip
         yield made
     finally:
         for host in made:
