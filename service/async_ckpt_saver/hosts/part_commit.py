@@ -6,7 +6,6 @@ A relay that is not connected is asked when it is. One that is lost, by the leas
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from array import array
@@ -67,7 +66,7 @@ class PartCommit:
         self._services, self._run, self._order = services, run, order
         self._answers = Answers({})
         self._name = ""
-        self._names: dict[str, str] = {}
+        self._ways: dict[str, Way] = {}  # in which session each host was asked
         self._done: Future[Answers] = Future()
 
     # --- in a thread -------------------------------------------------------------------------------------------------
@@ -135,15 +134,17 @@ class PartCommit:
 
     def ask(self, host: str, way: Way) -> None:
         """In a new session: what was asked in the last one may be lost."""
-        if not self._name or host not in self._answers.waiting:
+        if not self._name or host not in self._answers.waiting or self._ways.get(host) == way:
             return
-        self._names[host] = way.name
+        self._ways[host] = way
         order = self._order
         way.say(WritePart(identity=self._identity(host), slot=order.slot, step=order.step, name=self._name))
 
-    def answered(self, host: str, word: PartWritten | PartFailed) -> None:
-        if word.name != self._name:
-            return  # of an attempt that was given up
+    def answered(self, host: str, way: Way, word: PartWritten | PartFailed) -> None:
+        """What is heard in another session than the host was asked in counts no more: its saver may have been replaced
+        by one that is writing now."""
+        if word.name != self._name or self._ways.get(host) != way:
+            return
         if isinstance(word, PartWritten):
             hashes = array("Q")
             hashes.frombytes(word.hashes[: len(word.hashes) // 8 * 8])
@@ -184,7 +185,8 @@ class PartCommit:
 
     def _called(self, host: str) -> str:
         """For people."""
-        return self._names.get(host) or f"the host of rank {self._rank(host)}"
+        way = self._ways.get(host)
+        return way.name if way is not None else f"the host of rank {self._rank(host)}"
 
 
 class PartCommits:
@@ -193,22 +195,24 @@ class PartCommits:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._open: dict[LiveRun, PartCommit] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self._leaving = False
 
     def begin(self, run: LiveRun, order: Commit) -> PartCommit | None:
         """None for a run of which the lead has all bytes."""
         if not run.image.record.hosts_write:
             return None
         self._open[run] = PartCommit(self._services, run, order)
+        if self._leaving:
+            self._open[run].leave()
         return self._open[run]
 
     def end(self, run: LiveRun) -> None:
         self._open.pop(run, None)
 
-    def answered(self, run: LiveRun, rank: int, word: PartWritten | PartFailed) -> None:
+    def answered(self, run: LiveRun, rank: int, way: Way, word: PartWritten | PartFailed) -> None:
         host = hosts_of(run.image).get(rank)
         if run in self._open and host is not None:
-            self._open[run].answered(host, word)
+            self._open[run].answered(host, way, word)
 
     def bound(self, run: LiveRun, host: str, way: Way) -> None:
         if run in self._open:
@@ -223,9 +227,9 @@ class PartCommits:
 
     def leave_soon(self) -> None:
         """The saver ends: nobody looks after leases any more."""
-        if self._open:
-            self._timer = self._services.loop.call_later(self._services.lease_s, self._leave)
+        self._services.loop.call_later(self._services.lease_s, self._leave)
 
     def _leave(self) -> None:
+        self._leaving = True
         for each in self._open.values():
             each.leave()

@@ -101,7 +101,7 @@ class Reception:
                 self._piece(sessions, session, word, payload)
             elif isinstance(word, PartWritten | PartFailed):
                 if (place := self._hub.run_of(identity)) is not None:
-                    self._services.parts.answered(*place, word)
+                    self._services.parts.answered(*place, SessionWay(sessions, session), word)
             elif isinstance(word, Left):
                 self._hub.remote_gone(identity)
                 self._hub.receive(identity, Ping(unsettled=[]))

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Mapping
 
 from async_ckpt.core.errors import CheckpointError
+from async_ckpt.core.manifest import check_path
 from async_ckpt.core.protocol import Settled
 from async_ckpt.core.slots import RunRecord
 
@@ -24,6 +25,8 @@ def create_relay_image(services: Services, record: RunRecord, opened: Opened, sh
         raise CheckpointError(f"{record.options.directory} is outside the root {services.roots} of the saver of "
                               f"{socket.gethostname()}, which was started with --shared-fs direct: give it another "
                               f"--root, or leave that out")  # fmt: skip
+    for path in (file.path for file in opened.layout.files):
+        check_path(path)
     sizes_bytes = [file.total_bytes for file in opened.layout.files]
     spans = {share.rank: unpack(share.spans, sizes_bytes) for share in shares}
     image = RunImage.create(services.endpoint, record, opened.layout, spans)

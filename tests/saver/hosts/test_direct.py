@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import async_ckpt
-from async_ckpt.core.manifest import FORMAT, FORMAT_IN_PIECES, read_manifest
+from async_ckpt.core.manifest import FORMAT, FORMAT_IN_PIECES, MANIFEST_NAME, read_manifest
+from async_ckpt.core.pieces import stops_of
 from async_ckpt.core.protocol import Bye, Status, StatusWanted
 from async_ckpt.core.slots import StateFile
 from async_ckpt_saver.status import RunStatus, decode_status
 from async_ckpt_saver.verification import verify
+from async_ckpt_saver.writer import CommitError, CommitJob, commit
 from tests.saver.hosts.two_hosts import FILE, Host, Job, hosts, possible, status_of
 from tests.saver.saver_process import Peer, until
 
@@ -89,6 +92,37 @@ def test_the_lead_has_no_room_for_what_others_write_and_nobody_takes_its_image_f
                 assert (started.resume.step, started.resume.image) == (1, None)
         finally:
             again.close()
+
+
+def test_damage_in_such_a_checkpoint_is_placed_and_not_copied_to_a_second_tier(folder: Path) -> None:
+    with hosts(folder, folder / "root", direct="ab") as (lead, relay):
+        job = Job([lead, relay], folder / "root/run").start()
+        try:
+            for rank in job.ranks:
+                rank.stage(1)
+            whole(job, 1)
+        finally:
+            job.close()
+    path = folder / "root/run/checkpoint-1"
+    manifest = read_manifest(path)
+    copy = CommitJob(str(folder / "second"), 1, str(path), tuple(manifest.files), run=manifest.run,
+                     original=(path / MANIFEST_NAME).read_bytes())  # fmt: skip
+    commit(copy)
+    there = folder / "second/checkpoint-1"
+    assert (there / MANIFEST_NAME).read_bytes() == (path / MANIFEST_NAME).read_bytes()
+    assert all("rank-" in each.file for each in verify(there).damage)
+    stops = [0, *stops_of(manifest.in_pieces[FILE.path])]
+    assert len(stops) > 5
+    with (path / FILE.path).open("r+b") as file:
+        file.seek(stops[2])
+        byte = file.read(1)
+        file.seek(stops[2])
+        file.write(bytes([byte[0] ^ 1]))
+    (damage,) = [each for each in verify(path).damage if each.file == FILE.path]
+    assert (damage.start, damage.stop, len(damage.tensors)) == (stops[2], stops[3], 1)
+    with pytest.raises(CommitError, match="is not what its manifest says"):
+        commit(msgspec.structs.replace(copy, directory=str(folder / "third")))
+    assert not (folder / "third/checkpoint-1").exists()
 
 
 @pytest.mark.parametrize(
