@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from async_ckpt.core.keys import generate
+from async_ckpt.core.manifest import FORMAT, FORMAT_IN_PIECES, read_manifest
 from tests.system import hosts
 from tests.system.hosts import SIDE, Cluster
 from tests.system.processes import Scenario, run_together
@@ -24,26 +25,45 @@ _TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1"
 
 
 def _run_torchrun(folder: Path, *job: str, restarts: int = 0) -> None:
-    """Real torchrun on two hosts, as a user starts it; the lead is found by torch's store, with keys of this attach."""
     with Cluster(folder, 2) as cluster:
-        script = [str(Path(__file__).with_name("spread_job.py")), str(folder), *job]
-        command = [*_TORCHRUN, f"--nnodes={len(cluster.hosts)}", f"--max-restarts={restarts}", *script]
         variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if restarts else {}
-        logs = [(folder / f"torchrun-{host.number}").open("wb") for host in cluster.hosts]
-        agents = [
-            host.popen(command, variables, stdout=log, stderr=log)
-            for host, log in zip(cluster.hosts, logs, strict=True)
-        ]
-        statuses = [agent.wait(120) for agent in agents]
-        for log in logs:
-            log.close()
-        assert statuses == [0, 0], "\n".join(Path(log.name).read_text()[-4000:] for log in logs) + cluster.logs()
+        _torchrun(cluster, variables, *job, restarts=restarts)
+
+
+def _torchrun(cluster: Cluster, variables: Mapping[str, str], *job: str, restarts: int = 0) -> None:
+    """Real torchrun on two hosts, as a user starts it; the lead is found by torch's store, with keys of this attach."""
+    folder = cluster.folder
+    script = [str(Path(__file__).with_name("spread_job.py")), str(folder), *job]
+    command = [*_TORCHRUN, f"--nnodes={len(cluster.hosts)}", f"--max-restarts={restarts}", *script]
+    logs = [(folder / f"torchrun-{host.number}").open("wb") for host in cluster.hosts]
+    agents = [
+        host.popen(command, variables, stdout=log, stderr=log) for host, log in zip(cluster.hosts, logs, strict=True)
+    ]
+    statuses = [agent.wait(120) for agent in agents]
+    for log in logs:
+        log.close()
+    assert statuses == [0, 0], "\n".join(Path(log.name).read_text()[-4000:] for log in logs) + cluster.logs()
 
 
 def by_torchrun(folder: Path) -> None:
     _run_torchrun(folder, "saves", "fsdp2", "2")
     assert noted(folder, 2) == [["committed", "committed"]] * 2
     check(folder, 1, 2)
+
+
+def each_host_writes_its_part(folder: Path) -> None:
+    """--shared-fs direct, for savers that attach starts by their environment: the same bytes, which nobody hands over;
+    the next job goes on from them, and has the lead write all."""
+    with Cluster(folder, 2) as cluster:
+        _torchrun(cluster, {"ASYNC_CKPT_SHARED_FS": "direct"}, "saves", "fsdp2", "2")
+        said = [host.log() for host in cluster.hosts]
+        with cluster.job(f"{HERE}:goes_on", [1, 1], "fsdp2", "2") as job:
+            job.wait()
+    assert noted(folder, 2) == [["committed", "committed"]] * 2
+    assert [text.count("the part of this host is written") for text in said] == [0, 2]
+    formats = [read_manifest(folder / f"run/checkpoint-{number}").format for number in (1, 2, 3)]
+    assert formats == [FORMAT_IN_PIECES, FORMAT_IN_PIECES, FORMAT]
+    check(folder, 1, 2, 3)
 
 
 def restarted_by_torchrun(folder: Path) -> None:
@@ -193,6 +213,7 @@ def where_the_directory_is_not_shared(folder: Path) -> None:
 _ALL: tuple[Callable[[Path], None], ...] = (  # those that take longest first
     where_the_directory_is_not_shared,
     by_torchrun,
+    each_host_writes_its_part,
     restarted_by_torchrun,
     from_two_hosts_to_one_to_three,
     three_hosts_with_one_tmpdir,

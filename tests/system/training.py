@@ -125,15 +125,27 @@ def kept(folder: Path) -> dict[str, bytes]:
     }
 
 
+def _entry(content: bytes, pieces: list[str] | None) -> dict[str, Any]:
+    """Of a file, or of one that several hosts have written, whose pieces have to be right as well."""
+    if pieces is None:
+        return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+    start = 0
+    for line in pieces:
+        stop, _, digest = line.partition(" ")
+        assert xxhash.xxh3_64_hexdigest(content[start : int(stop)]) == digest
+        start = int(stop)
+    text = "".join(f"{line}\n" for line in pieces)
+    return {"bytes": start, "pieces_xxh3_128": xxhash.xxh3_128_hexdigest(text)}
+
+
 def check_checkpoint(path: Path, expected: Mapping[str, bytes], step: int) -> dict[str, Any]:
     """Assert that `path` is what `save_pretrained` wrote, whole, with a true manifest; returns the manifest."""
     files = kept(path)
     manifest: dict[str, Any] = json.loads(files.pop("async_ckpt.json"))
-    assert manifest["format"] == 1
+    pieces = manifest.get("pieces", {})
+    assert manifest["format"] == (2 if pieces else 1)
     assert manifest["step"] == step
-    assert manifest["files"] == {
-        name: {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)} for name, content in files.items()
-    }
+    assert manifest["files"] == {name: _entry(content, pieces.get(name)) for name, content in files.items()}
     tensors = safetensors.torch.load(files[ADAPTER])
     assert len(tensors) > 0
     assert all(tensor.count_nonzero() > 0 for name, tensor in tensors.items() if "lora_B" in name)

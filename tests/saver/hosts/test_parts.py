@@ -1,4 +1,4 @@
-"""Who writes which bytes: every byte of a shared file is one host's, whatever the ranks own, and both ends cut alike."""
+"""Who writes which bytes: each byte of a shared file is one host's, whatever the ranks own, and both ends cut alike."""
 
 from __future__ import annotations
 
