@@ -207,8 +207,11 @@ class Rank:
         state.mark(self.rank, Phase.STAGED, step, 0.25)
         state.close()
         if say:
-            self._seq += 1
-            self.peer.say(Staged(seq=self._seq, slot=slot, step=step, copy_s=0.25))
+            self.say_staged(step, slot)
+
+    def say_staged(self, step: int, slot: int) -> None:
+        self._seq += 1
+        self.peer.say(Staged(seq=self._seq, slot=slot, step=step, copy_s=0.25))
 
     def settled(self, step: int, timeout_s: float = 30.0) -> Settled:
         """Asked every second, as the client does it."""
