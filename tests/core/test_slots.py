@@ -173,3 +173,16 @@ def test_a_record_that_cannot_be_written_says_why_and_leaves_the_old_one(
             slot.write_record(0, SaveRecord(2, {}, None, {}))
     assert slot.read_record(0).step == 1
     assert [path.name for path in run.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_a_slot_with_one_hosts_part_is_complete_and_never_whole(tmp_path: Path) -> None:
+    for name, part in (("whole", False), ("part", True)):
+        StateFile.create(tmp_path / name, 2, part=part)
+        state = StateFile(tmp_path / name)
+        for rank in (0, 1):
+            state.mark(rank, Phase.STAGED, 7)
+        state.settle(7)  # writes the beginning anew
+        state.close()
+        state = StateFile(tmp_path / name)
+        assert (state.complete_step(), state.whole_step()) == (7, None if part else 7)
+        state.close()

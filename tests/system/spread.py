@@ -90,6 +90,20 @@ def saves(folder: str, kind: str, last: str) -> None:
     training.ckpt.close()
 
 
+def saves_and_goes_back(folder: str, kind: str) -> None:
+    """Save 1, restore it in the same run, and save the same again."""
+    training = Training(folder, kind)
+    training.save(1).wait()
+    training.step()
+    resumed = training.ckpt.restore(1)
+    assert resumed is not None
+    training.check_restored(1)
+    if rank() == 0:
+        keep(training.folder / "expected" / "2", kept(training.folder / "expected" / "1"))
+    note(folder, [resumed.source, outcome(training.ckpt.save(2))])
+    training.ckpt.close()
+
+
 def saves_alone(folder: str, kind: str, last: str) -> None:
     """As `saves`, but no rank waits for another after the first save, since one may be gone. All saves from the second
     on hold the same."""

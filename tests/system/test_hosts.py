@@ -52,14 +52,15 @@ def by_torchrun(folder: Path) -> None:
 
 
 def each_host_writes_its_part(folder: Path) -> None:
-    """--shared-fs direct, for savers that attach starts by their environment: the same bytes, which nobody hands over;
-    the next job goes on from them, and has the lead write all."""
+    """--shared-fs direct, for savers that attach starts by their environment: the same bytes, which nobody hands over.
+    No image is whole, so what is still in a slot is restored from the directory; the next job goes on from there, and
+    has the lead write all."""
     with Cluster(folder, 2) as cluster:
-        _torchrun(cluster, {"ASYNC_CKPT_SHARED_FS": "direct"}, "saves", "fsdp2", "2")
+        _torchrun(cluster, {"ASYNC_CKPT_SHARED_FS": "direct"}, "saves_and_goes_back", "fsdp2")
         said = [host.log() for host in cluster.hosts]
         with cluster.job(f"{HERE}:goes_on", [1, 1], "fsdp2", "2") as job:
             job.wait()
-    assert noted(folder, 2) == [["committed", "committed"]] * 2
+    assert noted(folder, 2) == [["disk", "committed"]] * 2
     assert [text.count("the part of this host is written") for text in said] == [0, 2]
     formats = [read_manifest(folder / f"run/checkpoint-{number}").format for number in (1, 2, 3)]
     assert formats == [FORMAT_IN_PIECES, FORMAT_IN_PIECES, FORMAT]

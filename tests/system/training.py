@@ -135,7 +135,7 @@ def _entry(content: bytes, pieces: list[str] | None) -> dict[str, Any]:
         assert xxhash.xxh3_64_hexdigest(content[start : int(stop)]) == digest
         start = int(stop)
     text = "".join(f"{line}\n" for line in pieces)
-    return {"bytes": start, "pieces_xxh3_128": xxhash.xxh3_128_hexdigest(text)}
+    return {"bytes": start, "pieces_xxh3_128": xxhash.xxh3_128_hexdigest(text.encode())}
 
 
 def check_checkpoint(path: Path, expected: Mapping[str, bytes], step: int) -> dict[str, Any]:

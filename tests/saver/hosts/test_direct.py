@@ -8,14 +8,19 @@ import msgspec
 import pytest
 
 import async_ckpt
+from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import FORMAT, FORMAT_IN_PIECES, MANIFEST_NAME, read_manifest
 from async_ckpt.core.pieces import stops_of
-from async_ckpt.core.protocol import Bye, Status, StatusWanted
-from async_ckpt.core.slots import StateFile
+from async_ckpt.core.protocol import Bye, Options, SaveRecord, Status, StatusWanted
+from async_ckpt.core.retention_policy import Policy
+from async_ckpt.core.slots import Phase, RunRecord, StateFile
+from async_ckpt_saver.hosts.spans import Span
+from async_ckpt_saver.image import RunImage
+from async_ckpt_saver.run import Commit
 from async_ckpt_saver.status import RunStatus, decode_status
 from async_ckpt_saver.verification import verify
 from async_ckpt_saver.writer import CommitError, CommitJob, commit
-from tests.saver.hosts.two_hosts import FILE, Host, Job, hosts, possible, status_of
+from tests.saver.hosts.two_hosts import FILE, LAYOUT, Host, Job, hosts, possible, status_of
 from tests.saver.saver_process import Peer, until
 
 pytestmark = pytest.mark.skipif(not possible(), reason="needs the right to make mount namespaces (root)")
@@ -123,6 +128,30 @@ def test_damage_in_such_a_checkpoint_is_placed_and_not_copied_to_a_second_tier(f
     with pytest.raises(CommitError, match="is not what its manifest says"):
         commit(msgspec.structs.replace(copy, directory=str(folder / "third")))
     assert not (folder / "third/checkpoint-1").exists()
+
+
+def test_no_job_is_made_of_an_image_with_holes(folder: Path) -> None:
+    """Whatever the journal says of it, nor of a whole one with parts of others."""
+    record = RunRecord(
+        "job", Options(str(folder), 2, 1, Policy(), 60.0), [FILE.path], [], None, {}, hosts_write=True
+    )  # fmt: skip
+    half = Span(0, FILE.total_bytes // 2, FILE.total_bytes)
+    for hosts_write in (True, False):
+        record = msgspec.structs.replace(record, hosts_write=hosts_write)
+        image = RunImage.create(f"ipc://{folder}/saver.sock", record, LAYOUT, {1: [half]})
+        try:
+            image.slots[0].write_record(0, SaveRecord(1, {}, None, {}))
+            for rank in (0, 1):
+                image.states[0].mark(rank, Phase.STAGED, 1)
+            if hosts_write:
+                assert image.newest_image() is None
+                with pytest.raises(CheckpointError, match="only this host's part"):
+                    image.commit_job(Commit(1, 0))
+            else:
+                assert image.newest_image() is not None
+                assert image.commit_job(Commit(1, 0)).parts is None
+        finally:
+            image.remove()
 
 
 @pytest.mark.parametrize(

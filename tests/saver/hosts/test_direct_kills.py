@@ -205,6 +205,25 @@ def test_a_disk_that_fails_under_one_host_fails_the_step_and_the_next_is_tried(f
             job.close()
 
 
+def test_a_slot_that_is_taken_while_it_is_written_fails_the_step(folder: Path) -> None:
+    """By a rank that does not wait for the outcome: none of ours does, but half of it must not be committed."""
+    faults = faults_of(folder, "b").build()
+    with hosts(folder, folder / "root", direct="ab", envs={"b": faults.environment}) as made:
+        job = started(folder, made)
+        try:
+            faults.hold_sync(1)
+            job.ranks[0].stage(2, 1)
+            faults.until_held()
+            job.ranks[1].stage(4, 1, say=False)
+            faults.none()
+            settled = job.ranks[0].settled(2)
+            assert settled.outcome == "failed"
+            assert "in slot 1 rank 1 has step 4 (STAGED), not step 2" in settled.reason
+            assert async_ckpt.latest(job.directory) == job.directory / "checkpoint-1"
+        finally:
+            job.close()
+
+
 def test_a_saver_that_is_ended_in_mid_commit_leaves_the_step_to_the_next(folder: Path) -> None:
     """SIGTERM while the other host cannot be reached: it waits for a lease, and nothing is lost."""
     faults = faults_of(folder, "b").build()
