@@ -128,6 +128,7 @@ def test_config_says_where_each_value_comes_from(
         "keep_image_s": {"value": 900.0, "source": "default", "where": ""},
         "grace_s": {"value": 25.0, "source": "default", "where": ""},
         "lease_s": {"value": 30.0, "source": "default", "where": ""},
+        "shared_fs": {"value": "relay", "source": "default", "where": ""},
         "log_level": {"value": "debug", "source": "file", "where": str(file)},
     }
     assert status_of("config") == 0

@@ -61,6 +61,7 @@ def test_every_setting_has_its_own_origin() -> None:
         "keep_image_s": (900.0, "default", ""),
         "grace_s": (25.0, "default", ""),
         "lease_s": (30.0, "default", ""),
+        "shared_fs": ("relay", "default", ""),
     }
     require(values, BIND, ROOT)
 
@@ -77,6 +78,7 @@ def test_an_empty_variable_is_not_set() -> None:
         ({"keep_image_s": "-1"}, {}, {}, "--keep-image-s: '-1' is not accepted"),
         ({"keep_image_s": "nan"}, {}, {}, "--keep-image-s: 'nan' is not accepted"),
         ({}, {"ASYNC_CKPT_LOG_LEVEL": "loud"}, {}, "ASYNC_CKPT_LOG_LEVEL: 'loud' is not accepted: give one of debug"),
+        ({}, {"ASYNC_CKPT_SHARED_FS": "nfs"}, {}, "ASYNC_CKPT_SHARED_FS: 'nfs' is not accepted: give relay or direct"),
         ({}, {}, {"keep_image_s": True}, "/etc/saver.toml: keep_image_s: True is not accepted"),
         ({}, {}, {"keep_image_s": [1]}, "/etc/saver.toml: keep_image_s: [1] is not accepted"),
         ({}, {}, {"bind": 7}, "/etc/saver.toml: bind: 7 is not accepted: give an endpoint"),
