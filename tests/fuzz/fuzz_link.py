@@ -26,6 +26,8 @@ with atheris.instrument_imports(include=["async_ckpt", "async_ckpt_saver"]):
         copy_keeper,
         lane,
         link_words,
+        part_answers,
+        part_commit,
         reception,
         remote,
         sessions,

@@ -40,6 +40,8 @@ from async_ckpt_saver.hosts.link_words import (
     Left,
     Missing,
     Offer,
+    PartFailed,
+    PartWritten,
     Piece,
     Said,
     Say,
@@ -135,6 +137,8 @@ def words(directory: Path, content: bytes = bytes(HALF_BYTES)) -> Iterator[tuple
     yield CopyPiece(digest=bytes(16), number=0, data=b"unasked"), None
     yield CopyGone(digest=bytes(16)), None
     yield CopyFailed(digest=bytes(16), reason="no room"), None
+    yield PartWritten(identity=FAR, name=".checkpoint-1.abc.tmp", hashes=bytes(8)), None
+    yield PartFailed(identity=FAR, name=".checkpoint-1.abc.tmp", reason="no space", code=28), None
     yield said(Skipped(seq=2, slot=1, step=2, reason="busy"))
     yield said(Bye(seq=3))
     yield Left(identity=FAR), None

@@ -12,6 +12,7 @@ from async_ckpt_saver.settings import (
     LOG_LEVEL,
     ROOT,
     SETTINGS,
+    SHARED_FS,
     SettingsError,
     Value,
     read_file,
@@ -93,7 +94,7 @@ def test_what_is_wrong_is_named_with_its_place_and_what_is_accepted(
     flags: dict[str, Any], environ: dict[str, str], document: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
-        resolve([ROOT, KEEP_IMAGE, LOG_LEVEL], flags, environ, document, FILE)
+        resolve([ROOT, KEEP_IMAGE, LOG_LEVEL, SHARED_FS], flags, environ, document, FILE)
     assert str(caught.value).startswith(said)
 
 

@@ -18,6 +18,7 @@ from async_ckpt_saver.hosts.parts import PART_PIECE_BYTES, Plan, part_of, rest_o
 from async_ckpt_saver.hosts.sessions import Session
 from async_ckpt_saver.hosts.spans import Span
 from async_ckpt_saver.hosts.who_writes import objection, too_many
+from async_ckpt_saver.temporaries import is_temporary
 
 MIB = 1 << 20
 
@@ -86,6 +87,22 @@ def test_the_hash_of_pieces_is_that_of_their_lines() -> None:
     lines = ["50 0000000000000007", "100 00000000000000ff"]
     text = b"50 0000000000000007\n100 00000000000000ff\n"
     assert digest_of_pieces(lines) == xxhash.xxh3_128_hexdigest(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "is_one"),
+    [
+        (".checkpoint-2.a1b2.tmp", 2, True),
+        (".checkpoint-2.a1b2.tmp", 1, False),
+        (".checkpoint-2.a1b2.trash", 2, False),
+        (".checkpoint-2.a1b2.tmp/..", 2, False),
+        ("../.checkpoint-2.a1b2.tmp", 2, False),
+        ("checkpoint-2", 2, False),
+        (".checkpoint-2..tmp", 2, False),
+    ],
+)
+def test_a_relay_writes_into_hidden_directories_alone(name: str, step: int, is_one: bool) -> None:
+    assert is_temporary(name, step) == is_one
 
 
 def options(directory: str = "/runs/a", upload_to: str = "", replicas: int = 0) -> Options:
