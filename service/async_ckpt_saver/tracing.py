@@ -17,6 +17,8 @@ from async_ckpt.core.protocol import Span, Traced
 _REMEMBERED = 64  # steps that ranks report and that are never committed
 _KINDS = {
     "mkdir": "prepare",
+    "make": "prepare",
+    "parts": "wait for other hosts",
     "fsync-directory": "fsync directories",
     "fsync-parent": "fsync parent",
     "latest-replace": "latest",
