@@ -65,6 +65,8 @@ class PartCommit:
         self.left = False
         self._services, self._run, self._order = services, run, order
         self._answers = Answers({})
+        self.hosts = hosts_of(run.image)
+        self._first = {host: rank for rank, host in sorted(self.hosts.items(), reverse=True)}  # its lowest rank
         self._name = ""
         self._ways: dict[str, Way] = {}  # in which session each host was asked
         self._done: Future[Answers] = Future()
@@ -122,7 +124,7 @@ class PartCommit:
     def _begin(self, name: str) -> None:
         self._name = name
         self._answers = Answers({host: len(pieces) for host, pieces in self._plan.others.items()})
-        for rank, host in hosts_of(self._run.image).items():
+        for rank, host in self.hosts.items():
             if self._run.gone(rank):
                 self.lost(host)
         for host in self._answers.waiting:
@@ -177,16 +179,12 @@ class PartCommit:
         self._name = ""
 
     def _identity(self, host: str) -> bytes:
-        rank = self._rank(host)
-        return self._run.image.record.peers[rank].identity
-
-    def _rank(self, host: str) -> int:
-        return min(rank for rank, each in hosts_of(self._run.image).items() if each == host)
+        return self._run.image.record.peers[self._first[host]].identity
 
     def _called(self, host: str) -> str:
         """For people."""
         way = self._ways.get(host)
-        return way.name if way is not None else f"the host of rank {self._rank(host)}"
+        return way.name if way is not None else f"the host of rank {self._first[host]}"
 
 
 class PartCommits:
@@ -210,8 +208,8 @@ class PartCommits:
         self._open.pop(run, None)
 
     def answered(self, run: LiveRun, rank: int, way: Way, word: PartWritten | PartFailed) -> None:
-        host = hosts_of(run.image).get(rank)
-        if run in self._open and host is not None:
+        host = self._open[run].hosts.get(rank) if run in self._open else None
+        if host is not None:
             self._open[run].answered(host, way, word)
 
     def bound(self, run: LiveRun, host: str, way: Way) -> None:
@@ -221,7 +219,7 @@ class PartCommits:
     def lost(self, run: LiveRun, rank: int) -> None:
         """Nothing more will be heard of `rank`. A relay says that a rank has gone only after the outcome of all that it
         had staged, so it is the host that is lost."""
-        host = hosts_of(run.image).get(rank) if run in self._open else None
+        host = self._open[run].hosts.get(rank) if run in self._open else None
         if host is not None:
             self._open[run].lost(host)
 
