@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -10,14 +11,25 @@ import pytest
 import xxhash
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.location import Url
-from async_ckpt.core.manifest import committed, latest, read_manifest
+from async_ckpt.core.location import Location, Url, location_of
+from async_ckpt.core.manifest import (
+    FORMAT_IN_PIECES,
+    MANIFEST_NAME,
+    FileEntry,
+    committed,
+    encode_manifest,
+    latest,
+    manifest_bytes,
+    read_manifest,
+)
 from async_ckpt.core.objects import Objects
+from async_ckpt.core.pieces import digest_of_pieces, piece_line
 from async_ckpt.core.retention_policy import Policy
 from async_ckpt_saver.object_collection import collect_objects, unfinished_uploads
 from async_ckpt_saver.object_storage import ObjectStorage
 from async_ckpt_saver.reservation import Reservations
 from async_ckpt_saver.storage import Storage
+from async_ckpt_saver.verification import verify
 from async_ckpt_saver.writer import AlreadyCommittedError, CommitError, CommitJob, commit
 from tests.cloud.weed import Weed
 from tests.saver.committing import ADAPTER, DOCUMENTS, STATE, job_of, make_image
@@ -61,6 +73,34 @@ def test_a_commit_is_byte_for_byte_what_a_directory_gets(
     assert [(step, str(path)) for step, path in committed(str(url))] == [(7, f"{url}/checkpoint-7")]
     assert str(latest(str(url))) == f"{url}/checkpoint-7"
     assert unfinished_uploads(objects, url) == []
+
+
+def test_a_checkpoint_that_several_hosts_wrote_is_uploaded_and_verified_by_its_pieces(
+    url: Url, image: Path, tmp_path: Path
+) -> None:
+    """Pieces end where the hosts' parts do, anywhere in the store's own."""
+
+    def placed(checkpoint: Location) -> list[tuple[int | None, int | None]]:
+        """Other bytes than were committed; these are random, and no safetensors file."""
+        return [(each.start, each.stop) for each in verify(checkpoint).damage if each.start is not None]
+
+    local = Path(commit(job_of(tmp_path / "run", 7, image)).path)
+    data, before = (local / ADAPTER).read_bytes(), read_manifest(local)
+    stops = [5, (8 << 20) + 1, 9 << 20, len(data)]
+    lines = [piece_line(stop, xxhash.xxh3_64_hexdigest(data[start:stop])) for start, stop in pairwise([0, *stops])]
+    entry = FileEntry(len(data), pieces_xxh3_128=digest_of_pieces(lines))
+    original = encode_manifest(msgspec.structs.replace(
+        before, format=FORMAT_IN_PIECES, files={**before.files, ADAPTER: entry}, pieces={ADAPTER: lines}
+    ))  # fmt: skip
+    (local / MANIFEST_NAME).write_bytes(original)
+    changes = {"documents": {}, "files": tuple(before.files), "original": original}
+    there = location_of(put(url, 7, local, **changes))
+    assert manifest_bytes(there / MANIFEST_NAME) == original
+    assert placed(there) == placed(local) == []
+    (local / ADAPTER).write_bytes(data[:6] + bytes([data[6] ^ 1]) + data[7:])
+    assert placed(local) == [(5, (8 << 20) + 1)]
+    with pytest.raises(CommitError, match="is not what its manifest says"):
+        put(url, 8, local, **changes)
 
 
 def test_a_whole_bucket_may_be_the_directory(weed: Weed, url: Url, image: Path) -> None:
