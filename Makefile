@@ -14,7 +14,13 @@ FUZZ_SECONDS ?= 600
 
 BIN := .venv/bin
 READY := .venv/.ready
+# Two at a time, also on more cores: half of the time is waiting for processes, and one test may start a dozen of them.
+# By file, for a file's tests share jobs; in the order of their names, so that what takes long does not come last.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+
+# Tests start a thousand Pythons, each of which would compile all of its modules again.
+export PYTHONDONTWRITEBYTECODE :=
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -26,11 +32,11 @@ help: ## show this
 demo: $(READY) ## train on two ranks, kill them, go on from RAM: about 2 minutes on 2 cores
 	@$(BIN)/python examples/demo.py
 
-test: lint ## lint, then the tests; PYTEST_ARGS='-k name' chooses
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: lint ## lint, then the tests; PYTEST_ARGS='-k name' chooses, '-n 0 -s' runs them one by one
+	@$(PYTEST) $(PYTEST_ARGS)
 
 test-all: lint ## all tests, the slow ones too: every tuner under every wrapper
-	@$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+	@$(PYTEST) -m "" $(PYTEST_ARGS)
 
 test-crash: $(READY) ## 400 kills, at random and before each system call of a commit; 15 minutes; CRASH_ARGS='--seed 2'
 	@$(BIN)/python -m tests.system.crash $(CRASH_ARGS)

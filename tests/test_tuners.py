@@ -6,7 +6,7 @@ The quick part runs by default; `pytest -m ""` or `make test-all` runs the whole
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from tests import tuner_table, tuners
+from tests.conftest import SUMMARY
 from tests.ranks import RanksError, run_cases
 from tests.tuner_cells import DTYPES, WRAPPERS, Cell, all_cells
 
@@ -73,11 +74,10 @@ class Matrix:
         except RanksError as error:
             self._failures |= dict.fromkeys(names, str(error))
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if any(not _is_quick(cell) for cell in self._cells):
-            terminalreporter.section("tuners")
-            for line in self.lines():
-                terminalreporter.write_line(line)
+    @property
+    def is_to_be_told(self) -> bool:
+        """All that were selected have been run, and they are more than those of every day."""
+        return len(self.outcomes) == len(self._cells) and not all(map(_is_quick, self._cells))
 
     def lines(self) -> Iterator[str]:
         """How many cells of each kind came out how."""
@@ -100,9 +100,7 @@ def _line(title: str, counts: Counter[str]) -> str:
 def matrix(request: pytest.FixtureRequest) -> Matrix:
     items: list[Any] = request.session.items
     chosen = [item.callspec.params["cell"] for item in items if getattr(item, "function", None) is test_cell]
-    matrix = Matrix(chosen)
-    request.config.pluginmanager.register(matrix)  # for its summary
-    return matrix
+    return Matrix(chosen)
 
 
 @pytest.mark.timeout(LAUNCH_TIMEOUT_S + 60)
@@ -110,8 +108,12 @@ def matrix(request: pytest.FixtureRequest) -> Matrix:
     "cell",
     [pytest.param(cell, id=cell.name, marks=() if _is_quick(cell) else pytest.mark.full) for cell in all_cells()],
 )
-def test_cell(matrix: Matrix, cell: Cell) -> None:
-    matrix.run(cell)
+def test_cell(matrix: Matrix, cell: Cell, record_property: Callable[[str, object], None]) -> None:
+    try:
+        matrix.run(cell)
+    finally:
+        if matrix.is_to_be_told:
+            record_property(SUMMARY, ["tuners", *matrix.lines()])
 
 
 def test_every_tuner_of_peft_is_in_the_catalogue() -> None:

@@ -11,9 +11,9 @@ from async_ckpt.core.location import Url, location_of
 from async_ckpt.core.objects import Objects, store_of
 from tests.cloud.proxy import Proxy
 from tests.cloud.weed import Weed
-from tests.system.conftest import _nothing_left, _own_folder, folder
+from tests.system.conftest import _nothing_left, folder
 
-__all__ = ["_nothing_left", "_own_folder", "folder"]
+__all__ = ["_nothing_left", "folder"]
 
 BUCKET = "runs"
 VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")

@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 
 from tests.system import hosts
-from tests.system.processes import end_leftovers, home, remove_home, runs, savers, until
+from tests.system.processes import end_leftovers, home, runs, savers, until
 
 _GONE_S = 30.0  # what the design promises for an embedded saver after the last close, or the death of its run
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _own_folder() -> Iterator[None]:
-    home()
-    yield
-    remove_home()
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """Whole jobs for tests: ranks that can be killed, savers that can be found, and proof that all of them are gone.
 
 Ranks are real processes joined by gloo, as torchrun makes them; only their imports are shared: a fork server has torch,
-transformers and peft loaded, so a rank is there in milliseconds where `tests.ranks` needs seconds, and a test can
-afford to kill many. This module imports no torch.
+transformers and peft loaded, so a rank is there in milliseconds instead of seconds, and a test can afford to kill
+many. This module imports no torch.
 """
 
 from __future__ import annotations
