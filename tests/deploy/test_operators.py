@@ -9,9 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import kubeflow.training.models as training
 import pytest
-from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from pydantic import ValidationError
 
 from tests.deploy.test_kubernetes import load
@@ -34,6 +32,8 @@ def _wrong(value: Any, kind: str, place: str) -> list[str]:
         return [] if type(value) is _SIMPLE[kind] else [place]
     if not kind.startswith("KubeflowOrg"):
         return []  # Kubernetes' own
+    import kubeflow.training.models as training  # seconds, which whoever only collects the tests need not spend
+
     model = getattr(training, kind)
     names = {name: each for each, name in model.attribute_map.items()}
     found: list[str] = []
@@ -45,6 +45,8 @@ def _wrong(value: Any, kind: str, place: str) -> list[str]:
 
 def wrong_in_jobset(document: dict[str, Any]) -> list[str]:
     """What its model refuses, and what it does not know."""
+    from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
     given = _without_quantities(document)
     try:
         kept = JobsetV1alpha2JobSet.model_validate(given).to_dict()

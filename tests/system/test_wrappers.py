@@ -154,6 +154,10 @@ _SHARDED = [name for name in CASES if not name.startswith(("plain", "fsdp1_flat-
 # Three ranks run everything: no size of the model divides by 3, and with r=1 two of them hold nothing.
 _TWO = [name for name in _SHARDED if not name.endswith(("-forward", "whole-modules"))]
 WORLDS = {1: [*_ONE, "plain-whole-modules"], 2: _TWO, 3: _SHARDED}
+# Compiling takes ten times as long as the rest of a case, and changes neither what is held where nor when. Every day
+# it is attached to after all that can come before; test_training_state.py attaches before anything is compiled.
+_FULL = {(world, case) for world, cases in WORLDS.items() for case in cases if case.startswith("fsdp2_compiled")}
+_FULL -= {(3, "fsdp2_compiled-evaluated")}
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +165,21 @@ def results() -> dict[int, dict[str, str]]:
     return {}
 
 
-@pytest.mark.parametrize(("world", "case"), [(world, case) for world, cases in WORLDS.items() for case in cases])
-def test_wrappers(results: dict[int, dict[str, str]], folder: Path, world: int, case: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        pytest.param(world, case, marks=pytest.mark.full if (world, case) in _FULL else ())
+        for world, cases in WORLDS.items()
+        for case in cases
+    ],
+)
+def test_wrappers(
+    results: dict[int, dict[str, str]], request: pytest.FixtureRequest, folder: Path, world: int, case: str
+) -> None:
     if world not in results:
-        results[world] = run_cases("tests.system.test_wrappers", WORLDS[world], world, folder)
+        items = [item for item in request.session.items if getattr(item, "function", None) is request.function]
+        chosen = [item.callspec.params for item in items]  # type: ignore[attr-defined]
+        names = [each["case"] for each in chosen if each["world"] == world]
+        results[world] = run_cases("tests.system.test_wrappers", names, world, folder)
     if results[world][case]:
         pytest.fail(results[world][case], pytrace=False)
