@@ -208,6 +208,18 @@ def under_torchrun(folder: Path, target: str, kind: str) -> None:
     check_end(folder, log.read_text(errors="replace"))
 
 
+def all_ranks_are_told(folder: Path, target: str, kind: str) -> None:
+    """As torchrun's agent passes a SIGTERM on; a trainer may have a handler of its own for it."""
+    with Job(f"{_HERE}:{target}", 2, folder, kind) as job:
+        for each in range(2):
+            job.reach(f"training-{each}")
+        for pid in job.pids:
+            with contextlib.suppress(ProcessLookupError):  # told by the other's saver before we came to it
+                os.kill(pid, signal.SIGTERM)
+        job.wait()
+    check_end(folder, job.printed())
+
+
 def one_rank_is_told(folder: Path, target: str, kind: str) -> None:
     with Job(f"{_HERE}:{target}", 2, folder, kind) as job:
         for each in range(2):
@@ -248,6 +260,7 @@ SCENARIOS: dict[str, Scenario] = {
     "mixin-fsdp2": scenario(one_rank_is_told, "fsdp2", "train", "go_on"),
     "mixin-best": scenario(one_rank_is_told, "best", "train", "go_on"),
     "callback": scenario(one_rank_is_told, "callback", "train", "go_on"),
+    "lightning": scenario(all_ranks_are_told, "ddp", "fit_until_told", "fit_on"),
     "lightning-torchrun": scenario(under_torchrun, "ddp", "fit_until_told", "fit_on"),
     "lightning-validating": scenario(one_rank_is_told, "validating", "fit_until_told", "fit_on"),
     "lightning-epochs": scenario(one_rank_is_told, "epochs", "fit_until_told", "fit_on"),
@@ -260,7 +273,7 @@ def results() -> dict[str, str]:
     return {}
 
 
-_FULL = ("mixin-fsdp2", "lightning-fsdp2")
+_FULL = ("mixin-fsdp2", "lightning-torchrun", "lightning-fsdp2")
 
 
 @pytest.mark.parametrize(
