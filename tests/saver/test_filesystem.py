@@ -15,6 +15,7 @@ def test_what_could_not_be_removed_is_known_by_its_directory_not_by_a_descriptor
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A path through /proc/self/fd means another directory once the number is given again."""
+    monkeypatch.setattr(filesystem, "_unremoved", set())  # of this process, so other tests' as well
     mine, other = tmp_path / "a", tmp_path / "b"
     for folder in (mine / "left", other / "left"):
         folder.mkdir(parents=True)

@@ -245,7 +245,7 @@ def run_cases(
     names: Sequence[str],
     world: int,
     folder: Path,
-    timeout_s: float = 150.0,
+    timeout_s: float = 280.0,
     *,
     env: Mapping[str, str] | None = None,
 ) -> dict[str, str]:

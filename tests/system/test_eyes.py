@@ -36,7 +36,7 @@ def saves(folder: str, endpoint: str) -> None:
         if number < 3:
             handle.uploaded()
     reached(folder, "saved")
-    until(Path(folder, "go").exists, "the test's word")
+    until(Path(folder, "go").exists, "the test's word", 600.0)  # which comes after all tests of this module
     ckpt.close()
 
 
