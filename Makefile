@@ -14,7 +14,7 @@ FUZZ_SECONDS ?= 600
 
 BIN := .venv/bin
 READY := .venv/.ready
-# Two at a time, also on more cores: half of the time is waiting for processes, and one test may start a dozen of them.
+# Two at a time, also on more cores: much of a test is waiting for processes, and one may start a dozen of them.
 # By file, for a file's tests share jobs; in the order of their names, so that what takes long does not come last.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input

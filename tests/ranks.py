@@ -19,15 +19,18 @@ class RanksError(AssertionError):
 def run_cases(module: str, names: Sequence[str], world: int, timeout_s: float) -> dict[str, str]:
     """Run these of the functions that `module` holds in its `CASES`, on `world` ranks in one launch.
 
-    Returns the tracebacks of each case that failed on any rank, "" for each that passed. No process is left behind.
-    Raises RanksError if the launch itself fails, as it does when ranks fail so differently that they no longer
-    understand each other.
+    Returns the tracebacks of each case that failed on any rank, "" for each that passed; if the launch itself fails, as
+    it does when ranks fail so differently that they no longer understand each other, that for each case. No process is
+    left behind.
     """
     from tests.system.processes import Job  # imports this module
 
     with tempfile.TemporaryDirectory() as folder:
         with Job("tests.ranks:several_cases", world, Path(folder), module, *names) as job:
-            job.wait(timeout_s)
+            try:
+                job.wait(timeout_s)
+            except RanksError as error:
+                return dict.fromkeys(names, f"the launch failed: {error}")
         results: dict[str, str] = json.loads(Path(folder, "report.json").read_text())
     assert list(results) == list(names)
     return results

@@ -324,6 +324,6 @@ def results() -> dict[int, dict[str, str]]:
 @pytest.mark.parametrize(("world", "case"), [(world, case) for world, cases in WORLDS.items() for case in cases])
 def test_fsdp1(results: dict[int, dict[str, str]], world: int, case: str) -> None:
     if world not in results:
-        results[world] = run_cases("tests.sharding.test_fsdp1", WORLDS[world], world, timeout_s=150)
+        results[world] = run_cases("tests.sharding.test_fsdp1", WORLDS[world], world, timeout_s=280)
     if results[world][case]:
         pytest.fail(results[world][case], pytrace=False)
