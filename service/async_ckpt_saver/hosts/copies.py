@@ -51,7 +51,8 @@ def digest_of(manifest: bytes) -> bytes:
 
 def pieces_of(manifest: Manifest) -> Pieces:
     sizes_bytes = [entry.bytes for entry in manifest.files.values()]
-    return Pieces([Span(n, 0, size) for n, size in enumerate(sizes_bytes) if size], MAX_COPY_PIECE_BYTES)
+    spans = [Span(n, 0, size) for n, size in enumerate(sizes_bytes) if size]
+    return Pieces(spans, MAX_COPY_PIECE_BYTES, MAX_COPY_PIECE_BYTES)
 
 
 def require_room(layout: Layout, had_bytes: int) -> None:

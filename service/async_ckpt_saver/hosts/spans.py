@@ -20,6 +20,7 @@ from async_ckpt.core.protocol import Claims
 from async_ckpt.core.region import Region
 
 PIECE_BYTES = 4 << 20
+EDGE_PIECE_BYTES = 512 << 10
 _INT_BYTES = 8
 
 
@@ -84,24 +85,30 @@ def unpack(data: bytes, sizes_bytes: Sequence[int]) -> list[Span]:
 
 
 class Pieces:
-    """Spans one behind the other, cut every `piece_bytes`; the last piece is what is left."""
+    """Spans one behind the other, cut into pieces of `piece_bytes`. Towards both ends they are smaller, down to
+    `edge_bytes`: what handles a piece as a whole can begin with the first one and ends with the last one."""
 
-    def __init__(self, spans: Sequence[Span], piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(
+        self, spans: Sequence[Span], piece_bytes: int = PIECE_BYTES, edge_bytes: int = EDGE_PIECE_BYTES
+    ) -> None:
         self._spans = spans
-        self._piece_bytes = piece_bytes
         self._ends = list(itertools.accumulate(span.stop - span.start for span in spans))
         self.total_bytes = self._ends[-1] if self._ends else 0
-        self.count = -(-self.total_bytes // piece_bytes)
+        self._cuts = array("q", [0])
+        while (position := self._cuts[-1]) < self.total_bytes:
+            left = self.total_bytes - position
+            size = min(piece_bytes, max(edge_bytes, min(position, left // 2)))
+            self._cuts.append(position + min(size, left))
+        self.count = len(self._cuts) - 1
 
     def size_bytes(self, number: int) -> int:
-        return min(self._piece_bytes, self.total_bytes - number * self._piece_bytes)
+        return self._cuts[number + 1] - self._cuts[number]
 
     def cut(self, number: int) -> list[Span]:
         """The parts of spans that piece `number` consists of. Raises IndexError if there is no such piece."""
         if not 0 <= number < self.count:
             raise IndexError(f"piece {number} of {self.count}")
-        position = number * self._piece_bytes
-        stop = position + self.size_bytes(number)
+        position, stop = self._cuts[number], self._cuts[number + 1]
         parts = []
         index = bisect.bisect_right(self._ends, position)
         while position < stop:

@@ -46,7 +46,7 @@ from async_ckpt_saver.hosts.link_words import (
     decode_from_lead,
     encode_word,
 )
-from async_ckpt_saver.hosts.spans import PIECE_BYTES
+from async_ckpt_saver.hosts.spans import EDGE_PIECE_BYTES
 from async_ckpt_saver.status import decode_status
 from tests.saver.hosts.two_hosts import FILE, Host, Job, Rank, content, hosts, possible
 from tests.saver.saver_process import Peer, SaverProcess, register, until
@@ -219,8 +219,13 @@ def lies() -> list[tuple[str, Callable[[bytes], Said], bytes | None, str]]:
         ("number", lambda who: Piece(identity=who, step=5, number=99, xxh3=0), b"x", "piece 99 of"),
         ("size", lambda who: Piece(identity=who, step=5, number=0, xxh3=digest(b"x")), b"x", "of 1 bytes, not"),
         ("nothing", lambda who: Piece(identity=who, step=5, number=0, xxh3=0), None, "without its bytes"),
-        ("no hash", lambda who: Piece(identity=who, step=5, number=0, xxh3=None), bytes(PIECE_BYTES), "without a hash"),
-        ("hash", lambda who: Piece(identity=who, step=5, number=0, xxh3=1), bytes(PIECE_BYTES), "does not hash"),
+        (
+            "no hash",
+            lambda who: Piece(identity=who, step=5, number=0, xxh3=None),
+            bytes(EDGE_PIECE_BYTES),
+            "without a hash",
+        ),
+        ("hash", lambda who: Piece(identity=who, step=5, number=0, xxh3=1), bytes(EDGE_PIECE_BYTES), "does not hash"),
     ]
 
 

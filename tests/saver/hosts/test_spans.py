@@ -64,7 +64,7 @@ def test_all_claims_of_all_ranks_are_all_bytes_behind_the_headers() -> None:
 def test_pieces_are_all_of_the_spans_once_and_in_order(edges: list[int], piece_bytes: int) -> None:
     edges = sorted(edges)[: len(edges) // 2 * 2]
     spans = merged(Span(0, *edges[at : at + 2]) for at in range(0, len(edges), 2))
-    pieces = Pieces(spans, piece_bytes)
+    pieces = Pieces(spans, piece_bytes, piece_bytes)
     cut = [pieces.cut(number) for number in range(pieces.count)]
     assert [sum(p.stop - p.start for p in parts) for parts in cut] == [
         pieces.size_bytes(n) for n in range(pieces.count)
@@ -75,6 +75,20 @@ def test_pieces_are_all_of_the_spans_once_and_in_order(edges: list[int], piece_b
     for number in (-1, pieces.count):
         with pytest.raises(IndexError):
             pieces.cut(number)
+
+
+@given(st.integers(0, 5000), st.integers(1, 64), st.integers(1, 64))
+def test_pieces_are_small_at_both_ends_and_not_many_more(total_bytes: int, one: int, other: int) -> None:
+    edge_bytes, piece_bytes = sorted((one, other))
+    pieces = Pieces([Span(0, 7, 7 + total_bytes)] if total_bytes else [], piece_bytes, edge_bytes)
+    sizes = [pieces.size_bytes(number) for number in range(pieces.count)]
+    laid = [byte for number in range(pieces.count) for p in pieces.cut(number) for byte in range(p.start, p.stop)]
+    assert laid == list(range(7, 7 + total_bytes))
+    assert all(0 < size <= piece_bytes for size in sizes)
+    assert not sizes or max(sizes[0], sizes[-1]) <= edge_bytes
+    for before, after in itertools.pairwise(sizes):
+        assert after <= max(edge_bytes, 2 * before)
+    assert len(sizes) <= total_bytes // piece_bytes + 4 * math.log2(piece_bytes / edge_bytes) + 4
 
 
 def test_spans_survive_the_wire_and_lies_do_not() -> None:
