@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -85,11 +85,12 @@ class FuzzedLead(FuzzedSaver):
         if not isinstance(said, Said) or said not in self.told:  # it may have been asked to say it again
             self.told.append(said)
 
-    def _on_word(self, session: Session, word: Said, payload: memoryview | None) -> None:
+    def _on_word(self, session: Session, word: Said, payload: Sequence[memoryview]) -> None:
         self.reception.word(self.sessions, session, word, payload)
 
     def hear(self, routing: bytes, word: bytes, payload: bytes | None = None) -> None:
-        self.sessions.hear(routing, word, None if payload is None else memoryview(payload))
+        frames = [] if payload is None else [memoryview(payload)[:1], memoryview(payload)[1:]]
+        self.sessions.hear(routing, word, frames)
         self.sessions.settle_up()
 
     def settle(self, seconds: float = 0.0) -> None:

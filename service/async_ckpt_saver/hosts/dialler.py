@@ -33,6 +33,7 @@ from .link_words import (
     Welcome,
     decode_from_lead,
     encode_word,
+    in_frames,
 )
 
 log = logging.getLogger(__name__)
@@ -244,8 +245,7 @@ class Dialler:
                 if entry.payload is None:
                     end.socket.send(entry.word, zmq.NOBLOCK)
                 else:
-                    end.socket.send(entry.word, zmq.NOBLOCK | zmq.SNDMORE)
-                    end.socket.send(entry.payload, zmq.NOBLOCK, copy=False)
+                    end.socket.send_multipart([entry.word, *in_frames(entry.payload)], zmq.NOBLOCK, copy=False)
         self._look_again()
 
     def _look_again(self) -> None:

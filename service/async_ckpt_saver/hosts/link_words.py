@@ -1,12 +1,13 @@
 """The words between a relay and the lead: msgpack structs over DEALER-ROUTER pairs, one pair a lane.
 
 Lane 0 is for words, the others for pieces, so that a slow transfer holds up no word. Words with a `seq` are said in
-order and repeated until they are heard (`lane.py`); the others say it again by themselves. A piece is two frames: its
-word, then its bytes.
+order and repeated until they are heard (`lane.py`); the others say it again by themselves. A piece is its word, then
+its bytes in frames of any length (`in_frames`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -32,6 +33,7 @@ MAX_LANES = 17
 MAX_PIECES = 1 << 40
 MAX_SPANS = MAX_CLAIMS + MAX_FILES
 MAX_COPY_PIECE_BYTES = 1 << 20
+FRAME_BYTES = 1 << 20
 
 Seq = Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQUENCE)]
 _Slot = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]
@@ -275,6 +277,11 @@ Said: TypeAlias = Say | Offer | Piece | Left | Tell | Opened | Share | Wanted | 
 _encoder = msgspec.msgpack.Encoder()
 _from_relay = msgspec.msgpack.Decoder(FromRelay)
 _from_lead = msgspec.msgpack.Decoder(FromLead)
+
+
+def in_frames(payload: bytes | memoryview) -> Iterator[memoryview]:
+    view = memoryview(payload)
+    return (view[at : at + FRAME_BYTES] for at in range(0, len(view), FRAME_BYTES))
 
 
 def encode_word(word: FromRelay | FromLead) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -152,13 +152,13 @@ class Links:
     def _listen(self, address: str, keys: KeyPair | None, record: LinkRecord) -> _Open:
         ring = KeyRing(set(self._listed))
 
-        def frames(routing: bytes, word: bytes | memoryview, payload: memoryview | None) -> None:
+        def frames(routing: bytes, word: bytes | memoryview, payload: Sequence[memoryview]) -> None:
             sessions.hear(routing, word, payload)
 
         def send(routing: bytes, word: bytes, payload: Payload | None) -> None:
             listener.send(routing, word, payload)
 
-        def on_word(session: Session, word: Said, payload: memoryview | None) -> None:
+        def on_word(session: Session, word: Said, payload: Sequence[memoryview]) -> None:
             self._reception.word(sessions, session, word, payload)
 
         sessions = Sessions(

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import zmq
@@ -25,7 +25,7 @@ from .lane import Payload
 log = logging.getLogger(__name__)
 
 IO_THREADS = 2
-_AT_A_TURN = 16  # messages: ranks of this host are served in between
+_AT_A_TURN = 16  # words, or one piece: then relays hear what has come, and ranks of this host are served
 _HEARTBEAT_MS = 2000
 _SILENT_MS = 10_000
 
@@ -57,7 +57,7 @@ class Listener:
         self,
         loop: asyncio.AbstractEventLoop,
         rejections: Rejections,
-        on_frames: Callable[[bytes, bytes | memoryview, memoryview | None], None],
+        on_frames: Callable[[bytes, bytes | memoryview, Sequence[memoryview]], None],
         on_turn: Callable[[], None],
     ) -> None:
         self._loop = loop
@@ -137,11 +137,13 @@ class Listener:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
-            if len(frames) not in (2, 3):
+            if len(frames) < 2:
                 self._rejections.count("unreadable", f"a message of {len(frames)} frames on a link")
                 continue
-            payload = frames[2].buffer if len(frames) == 3 else None
-            self._on_frames(frames[0].bytes, frames[1].buffer, payload)
+            self._on_frames(frames[0].bytes, frames[1].buffer, [frame.buffer for frame in frames[2:]])
+            if len(frames) > 2:
+                self._look_again()
+                break
         else:
             self._look_again()
         self._on_turn()

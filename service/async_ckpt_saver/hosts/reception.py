@@ -4,7 +4,7 @@ to their relays."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -85,7 +85,7 @@ class Reception:
             sessions.say(session, Tell(identity=identity, payload=encode(message)))
         return True
 
-    def word(self, sessions: Sessions, session: Session, word: Said, payload: memoryview | None) -> None:
+    def word(self, sessions: Sessions, session: Session, word: Said, payload: Sequence[memoryview]) -> None:
         of_a_rank = Say | Offer | Piece | Left | PartWritten | PartFailed
         identity = word.identity if isinstance(word, of_a_rank) else b""
         try:
@@ -262,14 +262,15 @@ class Reception:
         slot = word.slot if isinstance(word, Offer) else 0
         run.receive(rank, Failed(seq=0, slot=slot, step=word.step, reason=reason))
 
-    def _piece(self, sessions: Sessions, session: Session, word: Piece, payload: memoryview | None) -> None:
-        if payload is None:
+    def _piece(self, sessions: Sessions, session: Session, word: Piece, payload: Sequence[memoryview]) -> None:
+        if not payload:
             raise SenselessError(f"piece {word.number} without its bytes")
         rank = self._rank(word.identity)
         if rank is None:
             return
-        session.relayed_bytes += payload.nbytes
-        self._services.relayed_bytes += payload.nbytes
+        came_bytes = sum(frame.nbytes for frame in payload)
+        session.relayed_bytes += came_bytes
+        self._services.relayed_bytes += came_bytes
         if rank.piece(word, payload, proved=sessions.encrypted):
             sessions.say(session, Held(identity=word.identity, step=word.step))
 

@@ -7,6 +7,8 @@ complete, the commit, a lead that was killed and follows its journal) it is a ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import xxhash
 
@@ -73,7 +75,7 @@ class RemoteRank:
             return False
         return self._finish()
 
-    def piece(self, word: Piece, payload: memoryview, *, proved: bool) -> bool:
+    def piece(self, word: Piece, payload: Sequence[memoryview], *, proved: bool) -> bool:
         """Whether the step is complete with it. One that is not expected any more is passed over. `proved`: the link
         has seen to it that these are the bytes that were sent. Raises SenselessError."""
         if not 0 <= word.number < self._pieces.count:
@@ -86,12 +88,13 @@ class RemoteRank:
         if self.run.outcome(word.step) is not None:  # its slot may hold another step by now, at the relay
             self._incoming.end()
             return False
-        if payload.nbytes != self._pieces.size_bytes(word.number):
-            raise SenselessError(f"piece {word.number} of {payload.nbytes} bytes, not "
+        came_bytes = sum(frame.nbytes for frame in payload)
+        if came_bytes != self._pieces.size_bytes(word.number):
+            raise SenselessError(f"piece {word.number} of {came_bytes} bytes, not "
                                  f"{self._pieces.size_bytes(word.number)}")  # fmt: skip
         if word.xxh3 is None and not proved:
             raise SenselessError(f"piece {word.number} without a hash, on a link without CURVE")
-        if word.xxh3 is not None and xxhash.xxh3_64_intdigest(payload) != word.xxh3:
+        if word.xxh3 is not None and _hash(payload) != word.xxh3:
             self.fail(f"piece {word.number} of rank {self.rank} was damaged on its way: is the network sound?")
             raise SenselessError(f"piece {word.number} of step {word.step} does not hash as said")
         self._write(offer.slot, word.number, payload)
@@ -132,10 +135,22 @@ class RemoteRank:
         staged = Staged(seq=0, slot=offer.slot, step=offer.step, copy_s=offer.copy_s, stall_s=offer.stall_s)
         self.run.receive(self.rank, staged)
 
-    def _write(self, slot: int, number: int, payload: memoryview) -> None:
+    def _write(self, slot: int, number: int, payload: Sequence[memoryview]) -> None:
         """Raises OSError: then the run is no longer in shared memory."""
-        position = 0
-        for span in self._pieces.cut(number):
-            length = span.stop - span.start
-            self._mapped.view(slot, span.file)[span.start : span.stop] = payload[position : position + length]
-            position += length
+        spans = iter(self._pieces.cut(number))
+        room = memoryview(b"")
+        for frame in payload:
+            while frame.nbytes:
+                if not room.nbytes:
+                    span = next(spans)
+                    room = self._mapped.view(slot, span.file)[span.start : span.stop]
+                count = min(frame.nbytes, room.nbytes)
+                room[:count] = frame[:count]
+                frame, room = frame[count:], room[count:]
+
+
+def _hash(payload: Sequence[memoryview]) -> int:
+    hasher = xxhash.xxh3_64()
+    for frame in payload:
+        hasher.update(frame)
+    return hasher.intdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -83,7 +83,7 @@ class Sessions:
         now_s: Callable[[], float],
         rejections: Rejections,
         send: Callable[[bytes, bytes, Payload | None], None],
-        on_word: Callable[[Session, Say | Offer | Piece | Said, memoryview | None], None],
+        on_word: Callable[[Session, Say | Offer | Piece | Said, Sequence[memoryview]], None],
         *,
         encrypted: bool,
     ) -> None:
@@ -115,7 +115,7 @@ class Sessions:
         self._flush(routing, lane)
         return True
 
-    def hear(self, routing: bytes, data: bytes | memoryview, payload: memoryview | None) -> None:
+    def hear(self, routing: bytes, data: bytes | memoryview, payload: Sequence[memoryview]) -> None:
         try:
             word = decode_from_relay(data)
         except msgspec.DecodeError as error:
@@ -157,7 +157,9 @@ class Sessions:
                 self._places.pop(routing, None)
         return idle
 
-    def _take(self, routing: bytes, place: tuple[Session, Lane], word: FromRelay, payload: memoryview | None) -> None:
+    def _take(
+        self, routing: bytes, place: tuple[Session, Lane], word: FromRelay, payload: Sequence[memoryview]
+    ) -> None:
         session, lane = place
         assert not isinstance(word, Hello | Beat | Missing)
         if 0 not in session.lanes:
