@@ -33,7 +33,7 @@ MAX_LANES = 17
 MAX_PIECES = 1 << 40
 MAX_SPANS = MAX_CLAIMS + MAX_FILES
 MAX_COPY_PIECE_BYTES = 1 << 20
-FRAME_BYTES = 1 << 20
+FRAME_BYTES = 1 << 20  # ZeroMQ encrypts a frame as a whole, in several passes over it
 
 Seq = Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQUENCE)]
 _Slot = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SLOTS)]

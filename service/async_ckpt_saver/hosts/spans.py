@@ -20,7 +20,7 @@ from async_ckpt.core.protocol import Claims
 from async_ckpt.core.region import Region
 
 PIECE_BYTES = 4 << 20
-EDGE_PIECE_BYTES = 512 << 10
+EDGE_PIECE_BYTES = 1 << 20
 _INT_BYTES = 8
 
 
