@@ -47,12 +47,20 @@ def children(pid: int) -> list[int]:
 
 
 def memory_bytes(pid: int) -> dict[str, int]:
-    """`pss`: shared pages divided among those who map them; `uss`: what would be freed if the process ended."""
+    """`pss`: shared pages divided among those who map them; `uss`: what would be freed if the process ended. Files in
+    shared memory are neither: they stay, whoever maps them, and count where they are made."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
     except OSError:
         return {"pss": 0, "uss": 0}
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    kib = dict.fromkeys(("Pss", "Private_Clean", "Private_Dirty"), 0)
+    shared_memory = False
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name in kib:
+            kib[name] += 0 if shared_memory else int(value.split()[0])
+        elif "-" in line.split(maxsplit=1)[0]:  # a mapping begins; of its values none has a dash in its name
+            shared_memory = " /dev/shm/" in line
     return {"pss": kib["Pss"] * 1024, "uss": (kib["Private_Clean"] + kib["Private_Dirty"]) * 1024}
 
 

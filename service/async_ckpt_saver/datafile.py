@@ -7,7 +7,6 @@ import errno
 import fcntl
 import itertools
 import logging
-import mmap
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.manifest import FileEntry
 from async_ckpt.core.pieces import digest_of_pieces, piece_line
 
+from .image_maps import ImageMaps, map_to_read
 from .write_behind import PIECE_BYTES, WriteBehind
 
 logger = logging.getLogger(__name__)
@@ -104,13 +104,20 @@ def in_pieces(length: int, lines: Sequence[str], direct: bool | None) -> Written
 
 
 def write_image_file(
-    image: str, path: str, destination: str, hashing: Executor, step_hook: StepHook, stops: Sequence[int] | None = None
+    image: str,
+    path: str,
+    destination: str,
+    hashing: Executor,
+    step_hook: StepHook,
+    stops: Sequence[int] | None = None,
+    maps: ImageMaps | None = None,
 ) -> Written:
     """Copy the image's file `path` to `destination`, which must not exist yet, and make its content durable. `stops`:
     where its pieces end, if it has no hash of its own.
 
     The hash is over exactly the bytes handed to the kernel's write. Private memory is bounded whatever the file's
     size; the image must not be truncated meanwhile (that is SIGBUS). `hashing` runs the hash beside the write.
+    `maps` keeps the image mapped for the next time.
     Raises OSError, and CheckpointError if `path` is no regular file or leads through a symbolic link.
     """
     source = open_source(image, path)
@@ -118,7 +125,7 @@ def write_image_file(
         length = os.fstat(source).st_size
         if length == 0:
             return write_bytes(b"", path, destination, step_hook)
-        mapping = mmap.mmap(source, length, mmap.MAP_SHARED, mmap.PROT_READ)
+        mapping = map_to_read(source, length) if maps is None else maps.map(image, path, source)
     finally:
         os.close(source)
     try:
@@ -128,7 +135,8 @@ def write_image_file(
     finally:
         # A failed write leaves its traceback holding views of the mapping: it is then unmapped with the exception.
         with contextlib.suppress(BufferError):
-            mapping.close()
+            if maps is None:
+                mapping.close()
 
 
 def write_bytes(data: bytes, path: str, destination: str, step_hook: StepHook) -> Written:

@@ -26,6 +26,7 @@ from async_ckpt.core.slots import (
 from .hosts.parts import rest_of
 from .hosts.shares import write_shares
 from .hosts.spans import Span
+from .image_maps import ImageMaps
 from .replicas import diverged
 from .run import Commit, StagedCell
 from .writer import CommitJob, Parts
@@ -39,6 +40,7 @@ class RunImage:
         self.record = record
         self.slots = slots
         self.states = [StateFile(slot.state) for slot in slots]
+        self._maps = ImageMaps()
 
     @classmethod
     def create(
@@ -144,6 +146,7 @@ class RunImage:
             versions=self.record.versions,
             timeout_s=self.record.options.timeout_s,
             parts=parts,
+            maps=self._maps,
         )
 
     def newest_image(self) -> tuple[int, SlotPaths] | None:
@@ -156,8 +159,11 @@ class RunImage:
         for slot in self.slots:
             if slot is not kept:
                 slot.remove()
+                self._maps.forget(str(slot.image))
 
     def remove(self) -> None:
         for state in self.states:
             state.close()
         remove_run(self.path)
+        for slot in self.slots:
+            self._maps.forget(str(slot.image))

@@ -29,6 +29,7 @@ from async_ckpt.core.protocol import Settled
 
 from .datafile import StepHook, Written, write_bytes, write_image_file
 from .filesystem import fsync_directory, make_directories, remove_again, rename_new
+from .image_maps import ImageMaps
 from .latest_link import point_latest
 from .manifest_writing import manifest_of, stops_in
 from .temporaries import check_nonce, claim, leftovers, made_and_held, new_nonce, remove_leftover
@@ -63,7 +64,7 @@ class CommitJob(msgspec.Struct, frozen=True):
     manifest. The image must not change until `commit` has returned. `timeout_s` bounds what can be waited for in vain:
     an object store. `original`: the image is a checkpoint that was committed elsewhere, and these are the bytes of its
     manifest; the copy gets the same ones, and is committed only if its files are what they say. `parts`: the image has
-    holes, which other hosts write.
+    holes, which other hosts write. `maps`: of the run that has the image.
     """
 
     directory: str
@@ -79,6 +80,7 @@ class CommitJob(msgspec.Struct, frozen=True):
     timeout_s: float = 600.0
     original: bytes = b""
     parts: Parts | None = None
+    maps: ImageMaps | None = None
 
     @property
     def final(self) -> str:
@@ -236,7 +238,9 @@ def _write_files(job: CommitJob, temporary: str, step_hook: StepHook) -> dict[st
         for path in (path for path in job.files if path not in written):
             destination = _destination(temporary, path)
             step_hook(f"write:{path}")
-            written[path] = write_image_file(job.image, path, destination, hashing, step_hook, stops.get(path))
+            written[path] = write_image_file(
+                job.image, path, destination, hashing, step_hook, stops.get(path), job.maps
+            )
     for path, data in job.documents.items():
         destination = _destination(temporary, path)
         step_hook(f"write:{path}")

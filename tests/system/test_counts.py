@@ -36,7 +36,7 @@ from tests.system.processes import environment, until
 
 SIZES = (28, 560)
 _BLOCK = 4096
-_STORAGE_CALLS = "openat,mkdir,mkdirat,pwrite64,fdatasync,fsync,renameat2,rename,symlink,symlinkat,unlink,unlinkat"
+_STORAGE_CALLS = "mmap,openat,mkdir,mkdirat,pwrite64,fdatasync,fsync,renameat2,rename,symlink,symlinkat,unlink,unlinkat"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -172,6 +172,7 @@ def test_the_savers_system_calls_for_storage_are_the_same_for_many_tensors(folde
     assert few == many
     assert few["fdatasync"] == 4, "the weights, their config, the model card, the manifest"
     assert few["renameat2"] == 1
+    assert few["mmap"] == 0, "a slot's image stays mapped from its first save on"
 
 
 def storage_calls(tensors: int, folder: Path) -> Counter[str]:
@@ -196,6 +197,7 @@ def storage_calls(tensors: int, folder: Path) -> Counter[str]:
     assert len(named) == 3
     calls = (re.match(r"\d+ +(\w+)\(", line) for line in lines[named[1] : named[2]])
     found = Counter(call[1] for call in calls if call is not None)
+    found["mmap"] = sum("MAP_SHARED" in line for line in lines[named[1] : named[2]])  # others are memory
     # Whole blocks, then the rest of each file: all that may depend on sizes.
     files = [path.stat().st_size for path in (home / "run" / "checkpoint-3").iterdir() if path.name != MANIFEST_NAME]
     assert found.pop("pwrite64") == sum((size >= _BLOCK) + (size % _BLOCK > 0) for size in files) + 1
