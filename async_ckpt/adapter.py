@@ -27,7 +27,7 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.sharding import Shard, find_shards
 from async_ckpt.sharding.dtensor import original_class
 from async_ckpt.sharding.fsdp1 import FlatShard
-from async_ckpt.sharding.names import join, spliced, unwrap, walk
+from async_ckpt.sharding.names import join, listed_quickly, spliced, unwrap, walk
 
 from . import adalora
 from .adalora import Pattern
@@ -101,7 +101,10 @@ def plan_adapter(
 
 def _find_peft_model(model: nn.Module, adapter_name: str) -> tuple[str, Any]:
     """The PeftModel, and its canonical path in `model`."""
-    found = {module: path for path, module in reversed(list(walk(model))) if isinstance(module, PeftModel)}
+    found: dict[Any, str] = {}
+    for path, module in walk(model):
+        if isinstance(module, PeftModel):
+            found.setdefault(module, path)
     if len(found) == 1:
         ((peft_model, path),) = found.items()
         return path, peft_model
@@ -132,7 +135,7 @@ def _config_of(peft_model: Any, adapter_name: str) -> Any:
 
 def _refuse_unmappable(peft_model: Any, config: Any, adapter_name: str, shards: Mapping[str, Shard]) -> None:
     modules = [module for _, module in walk(peft_model)]
-    if any(hasattr(module, "_tp_info") for module in modules):
+    if any("_tp_info" in vars(module) for module in modules):
         raise CheckpointError(
             "the model is sharded by transformers' older tensor parallelism, whose plain tensors do not say which part "
             "they are; use a transformers whose tensor parallelism makes DTensors"
@@ -156,7 +159,7 @@ def _name_tensors(
         local: torch.empty(shards[name].shape, dtype=shards[name].dtype, device="meta") for local, name in names.items()
     }
     embeddings = True if _vocabulary_was_resized(tree, config) else "auto"
-    with _registered(tree, placeholders), _asked_for_names_only(config):
+    with _registered(tree, placeholders), _asked_for_names_only(config), listed_quickly(tree):
         try:
             saved = get_peft_model_state_dict(
                 tree, state_dict=placeholders, adapter_name=adapter_name, save_embedding_layers=embeddings

@@ -99,7 +99,7 @@ def _refuse_unsupported(owner: Any) -> None:
     own_class: Any = original_class(owner)
     if own_class.save_pretrained is not PreTrainedModel.save_pretrained:
         raise CheckpointError(f"the {kind} has a save_pretrained of its own, which async_ckpt cannot do; save with it")
-    if any(hasattr(module, "_tp_info") for _, module in walk(owner)):
+    if any("_tp_info" in vars(module) for _, module in walk(owner)):
         raise CheckpointError(
             "the model is sharded by transformers' older tensor parallelism, whose plain tensors do not say which part "
             "they are; use a transformers whose tensor parallelism makes DTensors"

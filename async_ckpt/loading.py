@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+
+from .sharding.names import every_module
 
 _fences: dict[int, Callable[[], None]] = {}
 _numbers = itertools.count()
@@ -19,7 +22,7 @@ def fence_before_loading(model: torch.nn.Module, fence: Callable[[], None]) -> C
     _fences[number] = fence
     hooks: list[Any] = [
         module.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
-        for module in model.modules()
+        for module in _written_to(model)
     ]
 
     def end() -> None:
@@ -28,6 +31,15 @@ def fence_before_loading(model: torch.nn.Module, fence: Callable[[], None]) -> C
             hook.remove()
 
     return end
+
+
+def _written_to(model: nn.Module) -> list[nn.Module]:
+    """Where loading begins, and whatever has tensors of its own: torch asks each module before it writes to it."""
+    modules = list(every_module(model))
+    owners = [module for module in modules if module._parameters or module._buffers]
+    if any(type(module)._load_from_state_dict is not nn.Module._load_from_state_dict for module in owners):
+        return modules  # which may not ask, but those above it do
+    return owners if model in owners else [model, *owners]
 
 
 def _before_loading(*_: Any) -> None:

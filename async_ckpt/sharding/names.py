@@ -35,8 +35,13 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         path, module = stack.pop()
         yield path, module
         if module._modules:  # most have none
-            children = [(join(path, key), unwrap(child)) for key, child in module._modules.items() if child is not None]
-            stack.extend(reversed(children))
+            prefix = f"{path}." if path else ""
+            # Only what has a single child may be a wrapper.
+            stack += [
+                (prefix + key, child if len(child._modules) != 1 else unwrap(child))
+                for key, child in reversed(module._modules.items())
+                if child is not None
+            ]
 
 
 def every_module(model: nn.Module) -> Iterator[nn.Module]:
@@ -52,6 +57,36 @@ def every_module(model: nn.Module) -> Iterator[nn.Module]:
         yield module
         if module._modules:  # most have none
             stack += reversed(module._modules.values())
+
+
+@contextmanager
+def listed_quickly(model: nn.Module) -> Iterator[None]:
+    """Within the block `model` lists its modules from one list, for as long as nobody adds any: torch passes each of
+    them through a generator a level."""
+    names: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if module not in seen:
+            seen.add(module)
+            names.append((path, module))
+            if module._modules:
+                prefix = f"{path}." if path else ""
+                stack += [(prefix + key, each) for key, each in reversed(module._modules.items()) if each is not None]
+
+    def named_modules(
+        memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        if memo is None and not prefix and remove_duplicate:
+            return iter(names)
+        return type(model).named_modules(model, memo, prefix, remove_duplicate)
+
+    vars(model)["named_modules"] = named_modules
+    try:
+        yield
+    finally:
+        del vars(model)["named_modules"]
 
 
 def join(path: str, attribute: str) -> str:
