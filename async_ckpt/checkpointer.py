@@ -92,7 +92,7 @@ class Checkpointer:
         """
         started_s = time.perf_counter()
         step = self._check_save(step)
-        record = save_record(step, metrics, extra, own_files(files, self._plan.paths))
+        record = save_record(step, metrics, extra, own_files(files, self._plan.paths if files else ()))
         self._newest_step = step
         handle = self._instead(step)
         return handle if handle is not None else self._start(record, started_s)

@@ -53,19 +53,18 @@ def image_view(image: torch.Tensor, extent: Extent, dtype: torch.dtype, region: 
 
 
 class Mapping(NamedTuple):
-    """A mapped file, its `bytes`, where views of it lie (address, bytes) whose pages are at hand, and which of its
-    pages are page-locked."""
+    """A mapped file, its `bytes`, the parts of it whose pages are at hand (by tensor and `id` of the shard), and which
+    of its pages are page-locked."""
 
     mapped: mmap.mmap
     bytes: torch.Tensor
-    at_hand: set[tuple[int, int]]
+    at_hand: dict[tuple[str, int], torch.Tensor]
     pinned: Pinned
 
     def fetch(self, views: Sequence[torch.Tensor]) -> None:
-        """Map the pages of `views` that are not at hand."""
+        """Map the pages of `views`, which are not at hand."""
         base = self.bytes.data_ptr()
-        missing = [span_of(view, base) for view in views if _place(view) not in self.at_hand]
-        populate(self.mapped, page_runs(missing), POPULATE_READ)
+        populate(self.mapped, page_runs([span_of(view, base) for view in views]), POPULATE_READ)
 
 
 class Slot:
@@ -78,6 +77,7 @@ class Slot:
         self._maps: dict[str, mmap.mmap] = {}
         self._images: dict[str, torch.Tensor] = {}
         self._pinned = Pinned()
+        self._parts = parts
         for path in {part.path for part in parts}:
             with (self.paths.image / path).open("r+b") as file:
                 self._maps[path] = mmap.mmap(file.fileno(), 0)
@@ -95,7 +95,9 @@ class Slot:
         """The image's file `path` if it is mapped here."""
         if path not in self._images:
             return None
-        return Mapping(self._maps[path], self._images[path], {_place(target) for target in self.targets}, self._pinned)
+        ours = zip(self._parts, self.targets, strict=True)
+        at_hand = {(part.extent.spec.name, id(part.shard)): target for part, target in ours if part.path == path}
+        return Mapping(self._maps[path], self._images[path], at_hand, self._pinned)
 
     def pin(self) -> None:
         """Page-lock what this rank owns of the image. Not the rest: other ranks lock theirs, and where a host has only
@@ -124,7 +126,3 @@ def populate(mapped: mmap.mmap, runs: Sequence[Span], advice: int) -> None:
         except OSError as error:
             log.debug("the first copy will be slower, pages cannot be mapped ahead: %s", error)
             return
-
-
-def _place(view: torch.Tensor) -> tuple[int, int]:
-    return view.data_ptr(), view.nbytes

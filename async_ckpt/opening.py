@@ -34,7 +34,7 @@ class OpenCheckpoint:
         self._state: _OpenState | None = None
         if plan.state is not None:
             if (documents / DOCUMENT).exists():
-                self._state = _OpenState(plan.state, documents, _open(tensors / TENSORS_FILE, slot))
+                self._state = _OpenState(plan.state, documents, _open(plan, tensors / TENSORS_FILE, slot))
                 differences += self._state.differences
             else:
                 log.warning("%s holds no training state: only the weights are restored", documents)
@@ -63,9 +63,9 @@ def _last_part(name: str) -> str:
     return Path(str(name).rstrip("/")).name
 
 
-def _open(path: Location, slot: Slot | None) -> OpenFile:
+def _open(plan: Plan, path: Location, slot: Slot | None) -> OpenFile:
     inner = "" if slot is None or isinstance(path, Url) else str(path.relative_to(slot.paths.image))
-    return OpenFile(path, slot.mapping(inner) if slot is not None else None)
+    return OpenFile(path, slot.mapping(inner) if slot is not None else None, plan.layouts)
 
 
 def _assign(plan: Plan, tensors: Location, slot: Slot | None) -> list[tuple[OpenFile, list[Target]]]:
@@ -80,7 +80,7 @@ def _assign(plan: Plan, tensors: Location, slot: Slot | None) -> list[tuple[Open
     assigned = []
     for folder, wanted in folders.items():
         paths: list[Location] = [*folder.glob("*.safetensors")]
-        files = [_open(path, slot) for path in sorted(paths, key=str)]
+        files = [_open(plan, path, slot) for path in sorted(paths, key=str)]
         if not files:
             raise CheckpointError(f"there is no .safetensors file in {folder}")
         served: list[tuple[OpenFile, list[Target]]] = [(file, []) for file in files]

@@ -32,11 +32,12 @@ DEFAULT_ADAPTER = "default"  # PEFT's own name for the first adapter
 
 @dataclass(frozen=True)
 class Plan:
-    """`weights` are the targets of each file with weights, by its path; `state` is the training state, if any is
-    saved. `claims` are what this rank holds, as the saver is told; `parts`, in the same order, how it is copied if
-    the saver grants it."""
+    """`layouts` say where in the files of `layout` each tensor lies. `weights` are the targets of each file with
+    weights, by its path; `state` is the training state, if any is saved. `claims` are what this rank holds, as the saver is
+    told; `parts`, in the same order, how it is copied if the saver grants it."""
 
     layout: Layout
+    layouts: Sequence[FileLayout]
     weights: Mapping[str, tuple[Target, ...]]
     state: TrainingState | None
     claims: Claims
@@ -102,7 +103,7 @@ def plan_checkpoint(
     layout = Layout(tuple(builder.files), contents.documents | (own if rank == 0 else {}))
     claims, order = pack_claims(builder.layouts, builder.claims)
     parts = [builder.parts[index] for index in order]
-    return Plan(layout, weights, state, claims, parts, contents.version, contents.version(),
+    return Plan(layout, builder.layouts, weights, state, claims, parts, contents.version, contents.version(),
                 contents.base_models)  # fmt: skip
 
 

@@ -46,12 +46,13 @@ class Target:
 class OpenFile:
     """A safetensors file, mapped: only the pages that are read are fetched. One in an object store is fetched piece by
     piece into a mapping that is as large as it and holds what is wanted just now. `mapping`: of a file that is mapped
-    already; to map and unmap it again would take longer than the copy.
+    already; to map and unmap it again would take longer than the copy. `planned`: layouts that it may have, which then
+    need not be read from it.
 
     Raises CheckpointError if it is missing or its length is not what its header says.
     """
 
-    def __init__(self, path: Location, mapping: Mapping | None = None) -> None:
+    def __init__(self, path: Location, mapping: Mapping | None = None, planned: Sequence[FileLayout] = ()) -> None:
         self.fetched: Fetched | None = None
         try:
             if mapping is not None:
@@ -64,7 +65,7 @@ class OpenFile:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
         self.path = path
-        layout = _parse(path, mapped)
+        layout = next((each for each in planned if _is_laid_out(mapped, each)), None) or _parse(path, mapped)
         self.extents = {extent.spec.name: extent for extent in layout.extents}
         self._mapping = mapping or _unpinned(mapped)
         self._image = self._mapping.bytes
@@ -87,13 +88,17 @@ class OpenFile:
     def read_into(self, targets: Sequence[Target]) -> None:
         """Copy every target's region into its shard: `differences` must have been empty."""
         wanted = [target for target in targets if target.shard.region.numel]
-        sources = [self._view(self._image, target) for target in wanted]
-        destinations = [target.shard.local() for target in wanted]
-        if not destinations:
+        if not wanted:
             return
+        destinations = [target.shard.local() for target in wanted]
+        at_hand = self._mapping.at_hand
+        known = [at_hand.get((target.name, id(target.shard))) for target in wanted]
+        sources = [self._view(self._image, target) if view is None else view
+                   for target, view in zip(wanted, known, strict=True)]  # fmt: skip
         if self.fetched is None:
-            split = {index for index, source in enumerate(sources) if self._mapping.pinned.splits(source)}
-            self._mapping.fetch([source for index, source in enumerate(sources) if index not in split])
+            others = [index for index, view in enumerate(known) if view is None]
+            split = {index for index in others if self._mapping.pinned.splits(sources[index])}
+            self._mapping.fetch([sources[index] for index in others if index not in split])
             if split:
                 again = self._map_again()
                 for index in split:
@@ -141,7 +146,11 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _unpinned(mapped: mmap.mmap) -> Mapping:
-    return Mapping(mapped, torch.frombuffer(mapped, dtype=torch.uint8), set(), Pinned())
+    return Mapping(mapped, torch.frombuffer(mapped, dtype=torch.uint8), {}, Pinned())
+
+
+def _is_laid_out(mapped: mmap.mmap, layout: FileLayout) -> bool:
+    return len(mapped) == layout.total_bytes and mapped[: len(layout.header)] == layout.header
 
 
 def _parse(path: Location, mapped: mmap.mmap) -> FileLayout:

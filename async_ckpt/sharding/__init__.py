@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from . import dtensor, fsdp1
@@ -40,9 +42,14 @@ def reshard(model: nn.Module) -> None:
     Call it after writing to `Shard.local()`, on every rank: FSDP keeps the root's parameters unsharded after an
     evaluation, and would compute with the old values. Runs no collective.
     """
-    modules = list(every_module(model))
-    dtensor.reshard(modules)
-    fsdp1.reshard(modules)
+    by_type: dict[type[nn.Module], list[nn.Module]] = defaultdict(list)
+    for module in every_module(model):  # thousands, of few types
+        by_type[type(module)].append(module)
+    for kind, modules in by_type.items():
+        if issubclass(kind, FSDPModule):
+            dtensor.reshard(modules)
+        elif issubclass(kind, FullyShardedDataParallel):
+            fsdp1.reshard(modules)
 
 
 def _shards_of(path: str, module: nn.Module, managed: Sources) -> Iterator[Shard]:

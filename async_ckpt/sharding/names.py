@@ -80,7 +80,8 @@ def listed_quickly(model: nn.Module) -> Iterator[None]:
     ) -> Iterator[tuple[str, nn.Module]]:
         if memo is None and not prefix and remove_duplicate:
             return iter(names)
-        return type(model).named_modules(model, memo, prefix, remove_duplicate)
+        found: Iterator[tuple[str, nn.Module]] = type(model).named_modules(model, memo, prefix, remove_duplicate)
+        return found
 
     vars(model)["named_modules"] = named_modules
     try:
