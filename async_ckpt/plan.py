@@ -33,8 +33,8 @@ DEFAULT_ADAPTER = "default"  # PEFT's own name for the first adapter
 @dataclass(frozen=True)
 class Plan:
     """`layouts` say where in the files of `layout` each tensor lies. `weights` are the targets of each file with
-    weights, by its path; `state` is the training state, if any is saved. `claims` are what this rank holds, as the saver is
-    told; `parts`, in the same order, how it is copied if the saver grants it."""
+    weights, by its path; `state` is the training state, if any is saved. `claims` are what this rank holds, as the
+    saver is told; `parts`, in the same order, how it is copied if the saver grants it."""
 
     layout: Layout
     layouts: Sequence[FileLayout]
