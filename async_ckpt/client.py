@@ -18,7 +18,6 @@ from async_ckpt.core.limits import MAX_UNSETTLED
 from async_ckpt.core.protocol import (
     Ack,
     Bye,
-    Failed,
     FromRank,
     FromSaver,
     Granted,
@@ -33,8 +32,6 @@ from async_ckpt.core.protocol import (
     Register,
     Rejected,
     Settled,
-    Skipped,
-    Staged,
     Started,
     Word,
     check_sendable,
@@ -43,7 +40,7 @@ from async_ckpt.core.protocol import (
 )
 from async_ckpt.core.transport import Transport
 
-from .connection import Connection, Outbox, Request
+from .connection import Connection, Outbox, Report, Request
 from .embedded import EmbeddedSaver
 from .pulse import Pulse
 
@@ -58,7 +55,6 @@ _REACH_S = 30.0  # how long a named saver may take to answer at all: a sidecar m
 _GRACE_S = 10.0  # beyond timeout_s, so that the saver's own words on what is missing arrive first
 _GOODBYE_S = 5.0
 
-Report = Staged | Skipped | Failed | Bye
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -270,7 +266,9 @@ class Client:
             message = self._inbox.get()
             payload = encode(message)
             if isinstance(message, Report):
-                self._outbox.add(message.seq, payload)
+                if isinstance(message, Bye):  # heard twice, what is not settled yet is acknowledged at once
+                    self._repeat(time.monotonic(), all_of_them=True)
+                self._outbox.add(message, payload)
             self._connection.send(payload)
 
     def _repeat(self, now_s: float, *, all_of_them: bool = False) -> None:
@@ -310,6 +308,7 @@ class Client:
         elif isinstance(message, Ack):
             self._outbox.acknowledged(message.seq)
         elif isinstance(message, Settled):
+            self._outbox.settled(message.step)
             self._on_settled(message)
         elif isinstance(message, Rejected) and self._pending is not None:
             self._receive(Refused(reason=message.reason))

@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from async_ckpt.core.errors import CheckpointError
-from async_ckpt.core.protocol import FromRank, FromSaver, Layout
+from async_ckpt.core.protocol import Bye, Failed, FromRank, FromSaver, Layout, Skipped, Staged
 from async_ckpt.core.transport import Door, Transport
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _REPEAT_S = 2.0  # after which an unacknowledged message is sent again
+
+Report = Staged | Skipped | Failed | Bye
 
 
 class Connection:
@@ -89,9 +91,12 @@ class Outbox:
     def __init__(self) -> None:
         self.all_acknowledged = threading.Event()
         self._waiting: OrderedDict[int, tuple[float, bytes]] = OrderedDict()
+        self._staged: dict[int, int] = {}  # step -> the number of the report that it is staged
 
-    def add(self, seq: int, payload: bytes) -> None:
-        self._waiting[seq] = (time.monotonic(), payload)
+    def add(self, report: Report, payload: bytes) -> None:
+        self._waiting[report.seq] = (time.monotonic(), payload)
+        if isinstance(report, Staged):
+            self._staged[report.step] = report.seq
 
     def due(self, now_s: float, *, all_of_them: bool = False) -> Iterator[bytes]:
         """What to say again, in order."""
@@ -105,7 +110,14 @@ class Outbox:
         if not self._waiting:
             self.all_acknowledged.set()
 
+    def settled(self, step: int) -> None:
+        """Its outcome says as well that what was said of it is known."""
+        seq = self._staged.pop(step, None)
+        if seq is not None:
+            self.acknowledged(seq)
+
     def clear(self) -> None:
         """Nobody is left to acknowledge."""
         self._waiting.clear()
+        self._staged.clear()
         self.all_acknowledged.set()

@@ -11,7 +11,7 @@ from .catalogue import MAIN_SHAPE
 
 _RANKS_A_HOST = 8
 _MANY_RANKS = 8000
-_WORDS_A_SAVE = 3  # a rank's Staged, Ack and Settled
+_WORDS_A_SAVE = 2  # a rank's Staged and Settled
 _JOBS = (
     ("Llama-3-70B, LoRA r16 all-linear, bf16", "1120 tensors", 414e6),
     ("the same with AdamW's state", "4480 tensors", 1.24e9),
@@ -59,7 +59,7 @@ def _lines(found: Constants) -> Iterator[str]:
         ("image", "tensors' bytes + header", "per slot, in /dev/shm of each host"),
         ("copy", f"image / ranks of the host / {found.copy / 1e9:.1f} GB/s", "in each rank, while training goes on"),
         ("write", f"image / {found.write / 1e9:.1f} GB/s", "one stream of O_DIRECT to this machine's disk"),
-        ("messages", f"{_WORDS_A_SAVE} a rank and save", "Staged, Ack, Settled; and Ping and Pong each second"),
+        ("messages", f"{_WORDS_A_SAVE} a rank and save", "Staged, Settled; and Ping and Pong each second"),
         ("saver CPU", f"{found.save_s * 1e6:.0f} us a rank + {bytes_cpu}", "all threads; hashing, O_DIRECT's own work"),
         (
             "register",

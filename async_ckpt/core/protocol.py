@@ -3,7 +3,8 @@
 A rank's routing id is its `identity`, random per attach, so a restarted saver knows who speaks without a new
 handshake. `Staged`, `Skipped`, `Failed` and `Bye` carry a `seq` and are repeated until `Ack` names it, because ZeroMQ
 over ipc drops what it said it sent when the sender exits: delivery is only what the other side has acknowledged.
-Receiving any of them twice is harmless.
+Receiving any of them twice is harmless. `Settled` acknowledges `Staged` as well, so a save has one answer; a saver that
+hears `Staged` again before it knows the outcome sends the `Ack`.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ class Ack(_Message, frozen=True):
 
 
 class Settled(_Message, frozen=True):
-    """The end of one step: its slot is free again."""
+    """The end of one step: its slot is free again, and its `Staged` needs no repetition."""
 
     step: int
     slot: int

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 # Made once: `|` makes a new object each time, which takes longer than to look for a class in it.
 _REPORTS = (Staged, Skipped, Failed)
-_TO_ACKNOWLEDGE = (*_REPORTS, Bye)
+_TO_ACKNOWLEDGE = (Skipped, Failed, Bye)
 _OTHER_WORDS = (Ping, Ready, Bye, Promise)
 
 
@@ -182,7 +182,10 @@ class LiveRun:
             if self._trace is not None:
                 self._trace.step(message.step).staged(rank)
             self._catch_up(rank, message.step)
+            news = self._machine.awaits(rank, message.step)
             self._perform(self._machine.report(rank, message.slot, message.step, "staged"))
+            if not news:  # else its outcome says that it was heard
+                self._send(rank, Ack(seq=message.seq))
         elif isinstance(message, Skipped | Failed):
             report: Report = "skipped" if isinstance(message, Skipped) else "failed"
             reason = message.reason[:MAX_REASON_CHARS]

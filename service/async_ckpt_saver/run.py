@@ -138,6 +138,13 @@ class Run:
         entry.staged.add(rank)
         return actions + self._advance(entry)
 
+    def awaits(self, rank: int, step: int) -> bool:
+        """Whether it would be news that `rank` has staged `step`: nobody has said so yet, and it is not settled."""
+        if step in self._settled or self._is_ready(step):
+            return False
+        entry = self._open.get(step)
+        return entry is None or rank not in entry.staged
+
     def leave(self, rank: int, reason: str) -> list[Action]:
         """Rank `rank` is gone for good. What it had staged counts; what it had not can never be completed."""
         self._gone.setdefault(rank, reason)

@@ -16,6 +16,7 @@ from async_ckpt.core.claims import pack_claims
 from async_ckpt.core.manifest import committed, read_manifest
 from async_ckpt.core.processes import process_of
 from async_ckpt.core.protocol import (
+    Ack,
     Bye,
     Claim,
     Failed,
@@ -25,6 +26,7 @@ from async_ckpt.core.protocol import (
     Pong,
     Ready,
     Refuse,
+    Rejected,
     SaveRecord,
     Settled,
     Skipped,
@@ -101,6 +103,16 @@ class Conversations(RuleBasedStateMachine):
             state.close()
         if told:
             self.say(rank, Staged(seq=self.seq(), slot=slot, step=step, copy_s=0.0))
+
+    @rule(rank=RANKS, slot=st.integers(0, 1), step=STEPS)
+    def says_twice_what_it_has_staged(self, rank: int, slot: int, step: int) -> None:
+        """Then it is answered, whatever is known of the step, so that no rank repeats itself for ever."""
+        answers, word = self.saver.answers, Staged(seq=self.seq(), slot=slot, step=step, copy_s=0.0)
+        before = len(answers)
+        self.say(rank, word)
+        self.say(rank, word)
+        acknowledged = Ack(seq=word.seq) in answers[before:]
+        assert acknowledged or any(isinstance(each, Settled | Rejected | Pong) for each in answers[before:])
 
     @rule(rank=RANKS, slot=SLOTS, step=STEPS, kind=st.sampled_from([Skipped, Failed]))
     def does_not_stage(self, rank: int, slot: int, step: int, kind: type[Skipped | Failed]) -> None:
