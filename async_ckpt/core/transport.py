@@ -13,12 +13,12 @@ import hashlib
 import ipaddress
 import os
 import stat
+import struct
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from .errors import CheckpointError
 from .private import private_directory
@@ -31,6 +31,7 @@ SERVER_VARIABLE = "ASYNC_CKPT_CURVE_SERVER"  # the file with the saver's public 
 ALLOW_VARIABLE = "ASYNC_CKPT_CURVE_ALLOW"  # the directory with the public keys of the ranks, of a saver
 CURVE_DOMAIN = "async-ckpt"
 _MAX_SOCKET_PATH_BYTES = 100  # sun_path has 108
+_EVENT = struct.Struct("=HI")  # zmq_socket_monitor(3); pyzmq's own parser brings its asyncio with it
 
 Socket: TypeAlias = "zmq.Socket[bytes]"
 
@@ -200,10 +201,11 @@ def watch_handshakes(socket: Socket) -> Socket:
 def next_failure(monitor: Socket) -> tuple[zmq.Event, int] | None:
     """The next such event and its value, None if there is none now."""
     try:
-        found = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
+        event, _ = monitor.recv_multipart(zmq.NOBLOCK)
     except zmq.Again:
         return None
-    return zmq.Event(found["event"]), int(found["value"])
+    number, value = _EVENT.unpack(event)
+    return zmq.Event(number), value
 
 
 class Door:

@@ -103,18 +103,20 @@ class Desk:
         self._refused.remember(job, reason, world, self._services.now_s(), replace=False)
         self._services.send(identity, Refused(reason=self._refused.tell(job) or reason))
 
-    def receive(self, identity: bytes, message: FromRank) -> None:
-        run = self.run_of(identity)
+    def receive(self, identity: bytes, message: FromRank) -> bool:
+        """False, and nothing has been done, if `identity` is not known here (`knows`)."""
+        run, registration = self.run_of(identity), self._registration
         if run is not None:
             run.receive(run.ranks[identity], message)
+        elif registration is None or (rank := registration.rank_of(identity)) is None:
+            return False
         elif isinstance(message, Ping):
             self._services.send(identity, Pong(incarnation=self._services.incarnation, known=True))
-        elif self._registration is not None:
-            rank = self._registration.rank_of(identity)
-            if rank is not None and isinstance(message, LayoutSent) and self._registration.wants_layout(rank):
-                self._judge(self._registration, self._registration.add_layout(rank, message.layout))
-            else:
-                self._services.reject(identity, "unexpected", f"a {type(message).__name__} of a rank that is attaching")
+        elif isinstance(message, LayoutSent) and registration.wants_layout(rank):
+            self._judge(registration, registration.add_layout(rank, message.layout))
+        else:
+            self._services.reject(identity, "unexpected", f"a {type(message).__name__} of a rank that is attaching")
+        return True
 
     def knows(self, identity: bytes) -> bool:
         registering = self._registration is not None and self._registration.rank_of(identity) is not None
@@ -162,9 +164,8 @@ class Desk:
                 self.refuse(f"{self.directory} is in use by another job whose ranks are alive (pids {pids}): "
                             f"end it, or choose another directory")  # fmt: skip
         if self._kept is not None:
-            services = self._services
             expected = self._kept.launcher_alive or self._kept.image.record.options.replicas > 0
-            lease_s = services.keep_image_s if expected else services.orphan_image_s
+            lease_s = self._services.keep_image_s if expected else self._services.orphan_image_s
             if now_s - self._kept_since_s > lease_s:
                 self._drop_kept()
         self._refused.expire(now_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
@@ -23,23 +24,26 @@ from async_ckpt.core.protocol import (
     Status,
     StatusWanted,
 )
-from async_ckpt.core.slots import shm_identity
+from async_ckpt.core.slots import copy_paths, read_journals, shm_identity
 
 from . import __version__
-from .desk import Desk
 from .hosts.shares import host_of
-from .image import RunImage
-from .live import LiveRun
+from .memory import no_collections
 from .rejections import Cause
 from .services import Services
 from .status import SaverStatus, encode_status, process_memory_bytes, wall_clock_s
-from .uploader import Uploaders
 from .watch import ProcessWatch
 
 if TYPE_CHECKING:
+    from .desk import Desk
     from .hosts.relay_desk import RelayDesk
+    from .image import RunImage
+    from .live import LiveRun
+    from .uploader import Uploaders
 
 log = logging.getLogger(__name__)
+
+_OF_ANYBODY = (StatusWanted, Register, Refuse)  # `|` makes a new object for each message
 
 
 class Hub:
@@ -54,7 +58,12 @@ class Hub:
 
     def adopt(self) -> None:
         """Go on with what an earlier saver on this endpoint left: commit what is complete, wait for living ranks."""
-        self._services.copies.adopt()
+        if copy_paths(self._services.endpoint):
+            self._services.copies.adopt()
+        if next(read_journals(self._services.endpoint), None) is None:
+            return
+        from .image import RunImage
+
         for image in RunImage.left_behind(self._services.endpoint):
             try:
                 self._adopt(image)
@@ -64,7 +73,8 @@ class Hub:
     @property
     def quiet(self) -> bool:
         """Nothing registers, lives or is kept, and nothing is being written."""
-        idle = not self._services.tasks and self._services.copies.quiet
+        copies = self._services.copies_if_any
+        idle = not self._services.tasks and (copies is None or copies.quiet)
         return idle and all(desk.empty for desk in self._desks.values())
 
     @property
@@ -81,8 +91,10 @@ class Hub:
         are left to it."""
         for each in self._uploaders():
             await each.close()
-        self._services.copies.close()
-        self._services.parts.leave_soon()
+        if self._services.copies_if_any is not None:
+            self._services.copies.close()
+        if self._services.parts_if_any is not None:
+            self._services.parts.leave_soon()
         await self._services.drain()
         for desk in self._desks.values():
             desk.close()
@@ -96,27 +108,28 @@ class Hub:
             if desk.empty:
                 desk.close()
                 del self._desks[desk.key]
-        self._services.copies.tick({desk.directory for desk in self._desks.values() if desk.serving})
+        if self._services.copies_if_any is not None:
+            self._services.copies.tick({desk.directory for desk in self._desks.values() if desk.serving})
         self._places = {identity: desk for identity, desk in self._places.items() if desk.knows(identity)}
         self._hosts = {identity: host for identity, host in self._hosts.items() if identity in self._places}
 
     def receive(self, identity: bytes, message: FromRank) -> None:
-        if isinstance(message, StatusWanted):
-            self._services.send(identity, Status(report=encode_status(self.status())))
-            return
-        if isinstance(message, (Register, Refuse)):  # `|` makes a new object for each message
-            self._admit(identity, message)
+        if isinstance(message, _OF_ANYBODY):
+            if isinstance(message, StatusWanted):
+                self._services.send(identity, Status(report=encode_status(self.status())))
+            else:
+                self._admit(identity, message)
             return
         self._watch.seen(identity)
         desk = self._places.get(identity)
-        if desk is not None and desk.knows(identity):
-            desk.receive(identity, message)
+        if desk is not None and desk.receive(identity, message):
             return
         if isinstance(message, Bye):  # its run has ended: the goodbye is all that was missing
             self._services.send(identity, Ack(seq=message.seq))
         elif not isinstance(message, Ping):  # as after a restart of the saver, when a run had not started
             self._services.rejections.count("unexpected", f"a {type(message).__name__} of nobody who is registered")
         self._services.send(identity, Pong(incarnation=self._services.incarnation, known=False))
+        self._services.loop.call_soon(_get_ready)
 
     # --- ranks of other hosts, for whom a relay speaks -------------------------------------------------------------
 
@@ -130,6 +143,8 @@ class Hub:
 
     def run_of(self, identity: bytes) -> tuple[LiveRun, int] | None:
         """The run that commits what rank `identity` stages, and its number."""
+        from .desk import Desk
+
         desk = self._places.get(identity)
         run = desk.run_of(identity) if isinstance(desk, Desk) else None
         return None if run is None else (run, run.ranks[identity])
@@ -162,6 +177,8 @@ class Hub:
         )
 
     def _admit(self, identity: bytes, message: Register | Refuse) -> None:
+        from .desk import Desk  # not before the saver answers: it brings with it all that serves a run
+
         objection = self._outside(message) or self._stranger(message) or self._too_many(identity, message)
         if objection is not None:
             cause, reason = objection
@@ -232,6 +249,10 @@ class Hub:
 
     def _uploaders(self) -> list[Uploaders]:
         """Where the ranks of a run have another host's saver, that one uploads."""
+        if not self._desks:
+            return []
+        from .desk import Desk
+
         return [desk.uploaders for desk in self._desks.values() if isinstance(desk, Desk)]
 
     def _adopt(self, image: RunImage) -> None:
@@ -256,7 +277,17 @@ class Hub:
 
     def _new_desk(self, key: str, directory: str, lead: Lead | None) -> Desk | RelayDesk:
         if lead is None:
+            from .desk import Desk
+
             return Desk(directory, self._services, self._watch)
         from .hosts.relay_desk import RelayDesk  # few savers ever relay
 
         return RelayDesk(key, directory, lead, self._services, self._watch)
+
+
+def _get_ready() -> None:
+    """What serves a run takes a while to import. A saver answers before, and does this while whoever has heard it
+    prepares a registration."""
+    if f"{__package__}.desk" not in sys.modules:
+        with no_collections():
+            from . import desk  # noqa: F401

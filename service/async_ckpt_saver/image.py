@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.images import create_slots
-from async_ckpt.core.protocol import Layout, Started
+from async_ckpt.core.protocol import Layout, Settled, Started
 from async_ckpt.core.slots import (
     Phase,
     RunRecord,
@@ -117,6 +117,19 @@ class RunImage:
                 if cell.phase is Phase.STAGED:
                     cells.append(StagedCell(cell.step, slot, each))
         return sorted(cells)
+
+    def unheard(
+        self, rank: int, before: int, but: int | None, settled: Callable[[int], Settled | None]
+    ) -> list[StagedCell]:
+        """What `rank` has staged before that step and no outcome was told of, slot `but` left out, in order. Asked for
+        each report, and nearly always there is none."""
+        for slot, state in enumerate(self.states):
+            if slot != but and -1 < (step := state.perhaps_staged(rank)) < before and settled(step) is None:
+                break
+        else:
+            return []
+        return [cell for cell in self.staged_cells(rank)
+                if self.states[cell.slot].settled_step < cell.step < before]  # fmt: skip
 
     def settle(self, slot: int, step: int) -> None:
         if 0 <= slot < len(self.states):

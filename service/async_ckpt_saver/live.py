@@ -33,6 +33,7 @@ from .coverage import Ownership
 from .early import EarlyWords
 from .image import RunImage
 from .memory import give_back
+from .objection import objection
 from .preemption import Action as Word
 from .preemption import Agreement, Tell
 from .retaining import retain
@@ -46,10 +47,7 @@ from .writer import CommitResult
 
 log = logging.getLogger(__name__)
 
-# Made once: `|` makes a new object each time, which takes longer than to look for a class in it.
-_REPORTS = (Staged, Skipped, Failed)
-_TO_ACKNOWLEDGE = (Skipped, Failed, Bye)
-_OTHER_WORDS = (Ping, Ready, Bye, Promise)
+_TO_ACKNOWLEDGE = (Skipped, Failed, Bye)  # made once: `|` makes a new object each time
 
 
 class LiveRun:
@@ -75,6 +73,7 @@ class LiveRun:
         self.launcher_alive = image.record.launcher is not None
         self._services = services
         self._storage = services.storage(image.directory)
+        self._parts = services.parts if image.record.hosts_write else None
         self._ownership = ownership
         self._newest = newest
         self._on_commit = on_commit
@@ -82,7 +81,7 @@ class LiveRun:
         self._on_fail = on_fail
         self._uploader = uploader
         self._machine = Run(image.record.options.world)
-        self._chronicle = Chronicle(services.loop.time, lambda save: services.on_settled(save))
+        self._chronicle = Chronicle(services.loop.time, lambda: services.on_settled)
         self._trace = RunTrace(lambda traced: self._send(0, traced)) if image.record.trace else None
         self._agreement = Agreement(image.record.options.world)
         self._early: EarlyWords | None = None
@@ -167,25 +166,19 @@ class LiveRun:
     def receive(self, rank: int, message: FromRank) -> None:
         if self._early is not None and self._early.keep(rank, message):
             return
-        senseless = self._senseless(message)
-        if senseless is None:
-            self._chronicle.heard(rank, message)
-            if self._trace is not None and rank == 0:
-                self._trace.heard()
+        senseless = objection(message, started=self.started, slots=len(self.image.slots))
         if senseless is not None:
             self._services.reject(self.image.record.peers[rank].identity, "unexpected", f"rank {rank}: {senseless}")
+            return
+        self._chronicle.heard(rank, message)
+        if self._trace is not None and rank == 0:
+            self._trace.heard()
+        if isinstance(message, Staged):
+            self._staged(rank, message)
         elif isinstance(message, Ping):
             self._answer_ping(rank, message)
         elif isinstance(message, Ready):
             self._rank_ready(rank)
-        elif isinstance(message, Staged):
-            if self._trace is not None:
-                self._trace.step(message.step).staged(rank)
-            self._catch_up(rank, message.step)
-            news = self._machine.awaits(rank, message.step)
-            self._perform(self._machine.report(rank, message.slot, message.step, "staged"))
-            if not news:  # else its outcome says that it was heard
-                self._send(rank, Ack(seq=message.seq))
         elif isinstance(message, Skipped | Failed):
             report: Report = "skipped" if isinstance(message, Skipped) else "failed"
             reason = message.reason[:MAX_REASON_CHARS]
@@ -199,26 +192,26 @@ class LiveRun:
         if isinstance(message, _TO_ACKNOWLEDGE):
             self._send(rank, Ack(seq=message.seq))
 
-    def _catch_up(self, rank: int, step: int) -> None:
-        """What `rank` has staged before `step` is in its cells. Its word of it may come later, if at all: what was sent
-        to a saver that died is said again, after what was said since."""
-        if not any(state.staged_between(rank, state.settled_step, step) for state in self.image.states):
-            return
-        for cell in self.image.staged_cells(rank):
-            told = self.image.states[cell.slot].settled_step
-            if told < cell.step < step and self._machine.settled(cell.step) is None:
-                self._perform(self._machine.report(rank, cell.slot, cell.step, "staged"))
+    def _staged(self, rank: int, message: Staged) -> None:
+        machine, step, slot = self._machine, message.step, message.slot
+        if self._trace is not None:
+            self._trace.step(step).staged(rank)
+        self._catch_up(rank, step, but=slot)
+        news = machine.awaits(rank, step)
+        actions = machine.report(rank, slot, step, "staged")
+        if actions:
+            self._perform(actions)
+        if not news:  # else its outcome will say that it was heard
+            self._send(rank, Ack(seq=message.seq))
 
-    def _senseless(self, message: FromRank) -> str | None:
-        """Why no rank of this run can have meant it."""
-        if isinstance(message, _REPORTS):
-            if not self.started:
-                return f"step {message.step} before the run has started"
-            if message.slot >= len(self.image.slots):
-                return f"slot {message.slot} of {len(self.image.slots)}"
-        elif not isinstance(message, _OTHER_WORDS):
-            return f"a {type(message).__name__} of a rank that was granted its run"
-        return None
+    def _catch_up(self, rank: int, step: int, but: int | None = None) -> None:
+        """What `rank` has staged before `step` is in its cells, those of slot `but` left out, which holds `step`. Its
+        word of it may come later, if at all: what was sent to a saver that died is said again, after what was said
+        since."""
+        machine = self._machine
+        for cell in self.image.unheard(rank, step, but, machine.settled):
+            if machine.settled(cell.step) is None:
+                self._perform(machine.report(rank, cell.slot, cell.step, "staged"))
 
     def died(self, rank: int) -> None:
         """The kernel says so. Messages of a dead process may be lost: its cells in the journal are what it said."""
@@ -276,7 +269,8 @@ class LiveRun:
         give_back()
 
     def _leave(self, rank: int, reason: str) -> None:
-        self._services.parts.lost(self, rank)
+        if self._parts is not None:
+            self._parts.lost(self, rank)
         self._perform(self._machine.leave(rank, reason))
         self._agree(self._agreement.leave(rank))
         self._maybe_end()
@@ -306,7 +300,7 @@ class LiveRun:
 
     async def _commit(self, order: Commit) -> None:
         trace = self._trace.step(order.step) if self._trace is not None else None
-        parts = self._services.parts.begin(self, order)
+        parts = self._parts.begin(self, order) if self._parts is not None else None
         try:
             job = self.image.commit_job(order, parts)
             still_whole = self.image.states[order.slot].complete_step
@@ -325,15 +319,18 @@ class LiveRun:
             self._chronicle.commit_failed(order.step, error)
             if not isinstance(error, CheckpointError):
                 log.exception("commit of step %d failed", order.step)
-            self._services.parts.end(self)
+            if self._parts is not None:
+                self._parts.end(self)
             self._perform(self._machine.commit_failed(order.step, str(error) or repr(error)))
         else:
-            self._services.parts.end(self)
+            if self._parts is not None:
+                self._parts.end(self)
             if self._uploader is not None:
                 self._uploader.add(order.step)
             self._perform(self._machine.commit_done(order.step, result.settled(order.step, order.slot)))
             self._on_commit()
-            self._services.spreading.committed(self, order.slot, job, result.path)
+            if self._services.copied(self.image.record.options):
+                self._services.spreading.committed(self, order.slot, job, result.path)
             await retain(self._services, self._storage, self._uploader, self.image.record.options.policy, trace)
         if self._trace is not None:
             self._trace.done(order.step)
@@ -342,5 +339,6 @@ class LiveRun:
     def _maybe_end(self) -> None:
         if self._machine.finished and not self._ended:
             self._ended = True
-            self._services.spreading.ended(self)
+            if self._services.copied(self.image.record.options):
+                self._services.spreading.ended(self)
             self._on_end()

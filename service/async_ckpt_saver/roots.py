@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.location import Location, Url, location_of
 
-from .local_storage import LocalStorage
 from .settings import texts_of
-from .storage import Storage
+
+if TYPE_CHECKING:
+    from .storage import Storage
 
 SEPARATOR = ","
 
@@ -48,6 +50,8 @@ class Roots:
         if root is None:
             raise CheckpointError(f"{directory} is outside the root {self}")
         if isinstance(root, Path):
+            from .local_storage import LocalStorage  # not before the saver answers
+
             return LocalStorage(directory, root)
         from .object_storage import ObjectStorage  # takes time to import, and most savers have none
 

@@ -112,21 +112,13 @@ class Run:
 
     def report(self, rank: int, slot: int, step: int, report: Report, reason: str = "") -> list[Action]:
         """Rank `rank` says of `step`, which it put into `slot`, that it was staged, skipped or failed."""
-        actions = self._pass_over(rank, step)
-        if step in self._settled:
-            return [*actions, Tell(self._settled[step], rank)]
-        if self._is_ready(step):
-            return actions
-        if slot < len(self._told_before) and step <= self._told_before[slot]:
-            # It failed, or retention has removed it. Its slot may be half another step's by now.
-            reason = "told before the saver was replaced"
-            self._settled[step] = Settled(step=step, slot=slot, outcome="failed", reason=reason)
-            return [*actions, Tell(self._settled[step], rank)]
-        if self._forgotten_step is not None and step <= self._forgotten_step:
-            stale = Settled(step=step, slot=slot, outcome="skipped", reason="it was settled long ago")
-            return [*actions, Tell(stale, rank)]
         entry = self._open.get(step)
+        alone = entry is not None and len(self._open) == 1  # nearly always: nothing else is gathered
+        actions = [] if alone else self._pass_over(rank, step)
         if entry is None:
+            decided = self._decided(rank, slot, step)
+            if decided is not None:
+                return actions + decided
             entry = self._open[step] = _Step(step, slot)
             if report == "staged":  # a rank may well skip a step because its slot still holds an open one
                 actions += self._drop_slot_sharers(entry)
@@ -138,12 +130,28 @@ class Run:
         entry.staged.add(rank)
         return actions + self._advance(entry)
 
+    def _decided(self, rank: int, slot: int, step: int) -> list[Action] | None:
+        """What there is to say of a step that is no longer, or will never be, gathered; None for a new one."""
+        if step in self._settled:
+            return [Tell(self._settled[step], rank)]
+        if self._is_ready(step):
+            return []
+        if slot < len(self._told_before) and step <= self._told_before[slot]:
+            # It failed, or retention has removed it. Its slot may be half another step's by now.
+            reason = "told before the saver was replaced"
+            self._settled[step] = Settled(step=step, slot=slot, outcome="failed", reason=reason)
+            return [Tell(self._settled[step], rank)]
+        if self._forgotten_step is not None and step <= self._forgotten_step:
+            stale = Settled(step=step, slot=slot, outcome="skipped", reason="it was settled long ago")
+            return [Tell(stale, rank)]
+        return None
+
     def awaits(self, rank: int, step: int) -> bool:
         """Whether it would be news that `rank` has staged `step`: nobody has said so yet, and it is not settled."""
-        if step in self._settled or self._is_ready(step):
-            return False
         entry = self._open.get(step)
-        return entry is None or rank not in entry.staged
+        if entry is not None:
+            return rank not in entry.staged
+        return step not in self._settled and not self._is_ready(step)
 
     def leave(self, rank: int, reason: str) -> list[Action]:
         """Rank `rank` is gone for good. What it had staged counts; what it had not can never be completed."""
@@ -190,7 +198,7 @@ class Run:
         return actions
 
     def _advance(self, entry: _Step) -> list[Action]:
-        missing = [rank for rank in self._gone if rank not in entry.staged]
+        missing = [rank for rank in self._gone if rank not in entry.staged] if self._gone else None
         if missing:
             reason = f"rank {missing[0]} of {self.world} {self._gone[missing[0]]}"
             return self._settle(entry, "failed", reason)

@@ -287,13 +287,17 @@ class Server:
     def _drain_socket(self) -> None:
         """The descriptor is edge-triggered: read until there is nothing, and look again after sending."""
         self._looking_again = False
+        receive = self._socket.recv
+        heard = False
         while True:
             try:
-                identity = self._socket.recv(_AT_ONCE)
+                identity = receive(_AT_ONCE)
             except zmq.Again:
-                return
+                break
+            heard = True
+            self._receive(identity, receive(_AT_ONCE))  # a ROUTER's messages have two frames or more
+        if heard:
             self._last_message_s = self._loop.time()
-            self._receive(identity, self._socket.recv(_AT_ONCE))  # a ROUTER's messages have two frames or more
 
     def _receive(self, identity: bytes, payload: bytes) -> None:
         more = self._socket.recv_multipart(_AT_ONCE) if self._socket.getsockopt(_RCVMORE) else []

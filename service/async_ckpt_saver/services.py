@@ -7,24 +7,25 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from async_ckpt.core.protocol import FromSaver, Lead, Rejected
+from async_ckpt.core.protocol import FromSaver, Lead, Options, Rejected
 
 from .clock import RunningClock
-from .hosts.copy_keeper import CopyKeeper, Way
-from .hosts.part_commit import PartCommits
-from .hosts.spreading import Spreading
 from .rejections import Cause, Rejections
 from .roots import Roots
 from .status import ENDED_RUNS, HostStatus, RunStatus, SaveStatus
-from .storage import Storage
 from .upload_status import UploadedStep
 
 if TYPE_CHECKING:
+    from .hosts.copy_keeper import CopyKeeper, Way
     from .hosts.dialler import Link, LinkEvents
+    from .hosts.part_commit import PartCommits
+    from .hosts.spreading import Spreading
     from .hosts.who_writes import Relay
+    from .storage import Storage
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ class Services:
     direct: bool = False
     rejections: Rejections = field(default_factory=Rejections)
     ended: deque[RunStatus] = field(default_factory=lambda: deque(maxlen=ENDED_RUNS))
-    on_settled: Callable[[SaveStatus], None] = lambda save: None
+    on_settled: Callable[[SaveStatus], None] | None = None
     on_uploaded: Callable[[UploadedStep], None] = lambda upload: None
     relayed_bytes: int = 0
     dial: Callable[[Lead, LinkEvents], Link] | None = None
@@ -90,9 +91,40 @@ class Services:
         self.roots = self.root if isinstance(self.root, Roots) else Roots([self.root])
         self.clock = RunningClock(self.loop.time)
         self.started_s = self.loop.time()
-        self.copies = CopyKeeper(self)
-        self.spreading = Spreading(self, self.copies)
-        self.parts = PartCommits(self)
+
+    @cached_property
+    def copies(self) -> CopyKeeper:
+        from .hosts.copy_keeper import CopyKeeper  # its words take time and memory, and few savers know other hosts
+
+        return CopyKeeper(self)
+
+    @cached_property
+    def spreading(self) -> Spreading:
+        from .hosts.spreading import Spreading
+
+        return Spreading(self, self.copies)
+
+    @cached_property
+    def parts(self) -> PartCommits:
+        from .hosts.part_commit import PartCommits
+
+        return PartCommits(self)
+
+    @property
+    def parts_if_any(self) -> PartCommits | None:
+        """None as long as no run is there of which every host writes its part."""
+        parts: PartCommits | None = vars(self).get("parts")
+        return parts
+
+    @property
+    def copies_if_any(self) -> CopyKeeper | None:
+        """None as long as nobody has asked for `copies`: there are none."""
+        copies: CopyKeeper | None = vars(self).get("copies")
+        return copies
+
+    def copied(self, options: Options) -> bool:
+        """Other hosts keep checkpoints of such a run in RAM, or may keep one of the job before it."""
+        return options.replicas > 0 or self.copies_if_any is not None
 
     def now_s(self) -> float:
         return self.clock.now_s()

@@ -149,10 +149,10 @@ class Chronicle:
     """
 
     def __init__(
-        self, now_s: Callable[[], float], on_settled: Callable[[SaveStatus], None] = lambda save: None
+        self, now_s: Callable[[], float], observer: Callable[[], Callable[[SaveStatus], None] | None] = lambda: None
     ) -> None:
         self.now_s = now_s
-        self._on_settled = on_settled
+        self._observer = observer
         self._saves: OrderedDict[int, _Save] = OrderedDict()
         self._causes: dict[int, str] = {}
         self.heard_s: dict[int, float] = {}
@@ -221,7 +221,9 @@ class Chronicle:
             save.cause = cause
             self.failures[cause] += 1
             self.last_error = f"step {settled.step} {settled.outcome}: {settled.reason}"
-        self._on_settled(_save_status(save, wall_clock_s() - now_s))
+        observer = self._observer()
+        if observer is not None:  # the report names every rank
+            observer(_save_status(save, wall_clock_s() - now_s))
 
 
 def encode_status(status: SaverStatus) -> bytes:

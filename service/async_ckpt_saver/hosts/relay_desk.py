@@ -111,16 +111,20 @@ class RelayDesk:
         self._withdrawn[identity] = message, self._services.now_s()
         self._say(identity, msgspec.structs.replace(message, lead=None))
 
-    def receive(self, identity: bytes, message: FromRank) -> None:
+    def receive(self, identity: bytes, message: FromRank) -> bool:
+        """False, and nothing has been done, if `identity` is not known here (`knows`)."""
         run = self._run_of(identity)
         if run is not None:
             run.receive(run.ranks[identity], message)
+        elif not self.knows(identity):
+            return False
         elif isinstance(message, Ping):
             self._services.send(identity, Pong(incarnation=self._services.incarnation, known=True))
         elif isinstance(message, LayoutSent):
             self._say(identity, message)
         else:
             self._services.reject(identity, "unexpected", f"a {type(message).__name__} of a rank that is attaching")
+        return True
 
     def knows(self, identity: bytes) -> bool:
         return identity in self._attaching or identity in self._withdrawn or self._run_of(identity) is not None

@@ -38,6 +38,7 @@ from async_ckpt.core.slots import Peer, Phase
 
 from ..image import RunImage
 from ..memory import give_back
+from ..objection import objection
 from ..run import Tell as Told
 from ..services import Services
 from ..status import Chronicle, RunState, RunStatus, run_status
@@ -75,7 +76,7 @@ class RelayRun:
         self._peers = {peer.rank: peer for peer in image.record.peers}
         self._services, self._link = services, link
         self._grants, self._on_end, self._on_fail = grants, on_end, on_fail
-        self._chronicle = Chronicle(services.loop.time, lambda save: services.on_settled(save))
+        self._chronicle = Chronicle(services.loop.time, lambda: services.on_settled)
         sizes_bytes = image.sizes_bytes()
         spans = {rank: read_share(image.path, rank, sizes_bytes) for rank in self._peers}
         self._pieces = {rank: Pieces(each) for rank, each in spans.items()}
@@ -117,7 +118,7 @@ class RelayRun:
     # --- from ranks --------------------------------------------------------------------------------------------------
 
     def receive(self, rank: int, message: FromRank) -> None:
-        senseless = self._senseless(message)
+        senseless = objection(message, started=self.started, slots=len(self.image.slots))
         if senseless is not None:
             self._services.reject(self._peers[rank].identity, "unexpected", f"rank {rank}: {senseless}")
             return
@@ -161,16 +162,6 @@ class RelayRun:
         """Take up what an earlier saver left."""
         for rank in self._peers:
             self._catch_up(rank, None)
-
-    def _senseless(self, message: FromRank) -> str | None:
-        if isinstance(message, Staged | Skipped | Failed):
-            if not self.started:
-                return f"step {message.step} before the run has started"
-            if message.slot >= len(self.image.slots):
-                return f"slot {message.slot} of {len(self.image.slots)}"
-        elif not isinstance(message, Ping | Ready | Bye | Promise):
-            return f"a {type(message).__name__} of a rank that was granted its run"
-        return None
 
     def _answer_ping(self, rank: int, message: Ping) -> None:
         known = rank not in self._over or rank in self._leaving
