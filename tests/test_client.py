@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import queue
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
+from async_ckpt import connection
 from async_ckpt.client import Client
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.keys import ClientKeys, generate, read_public, read_secret
-from async_ckpt.core.protocol import Ping, Pong, decode_from_rank, encode
+from async_ckpt.core.protocol import Ack, FromSaver, Ping, Pong, Settled, Staged, decode_from_rank, encode
 from async_ckpt.core.transport import transport_of
 from tests.saver.doors import NOBODY, Doors, as_root
+from tests.saver.hub_bench import stage
 from tests.saver.saver_process import LAYOUT, SaverProcess, register
 
 
@@ -85,3 +90,32 @@ def test_nothing_is_told_to_a_saver_of_another_user(home: Path) -> None:
     context.destroy(0)
     assert heard
     assert all(isinstance(decode_from_rank(payload), Ping) for payload in heard)
+
+
+def test_a_settled_step_needs_no_other_acknowledgement(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one whose rank leaves before there is an outcome: what is said with the goodbye is answered at once."""
+    monkeypatch.setattr(connection, "_REPEAT_S", 3600.0)
+    outcomes: queue.SimpleQueue[Settled] = queue.SimpleQueue()
+    heard: list[FromSaver] = []
+    with SaverProcess(f"ipc://{home}/s", home, home / "log") as saver:
+        client, other = (Client(transport_of(saver.endpoint), None) for _ in range(2))
+        receive = client._receive
+        monkeypatch.setattr(client, "_receive", lambda message: (heard.append(message), receive(message)))
+        client.listen(on_settled=outcomes.put, on_lost=print, on_turn=lambda who: None, on_word=print)
+        first = register(home / "run")
+        options = msgspec.structs.replace(first.options, world=2)
+        ranks = [msgspec.structs.replace(first, options=options, rank=rank) for rank in range(2)]
+        with ThreadPoolExecutor() as threads:
+            granted, _ = threads.map(lambda who, word: who.register(word, LAYOUT, 30.0), (client, other), ranks)
+            list(threads.map(lambda each: each.ready(30.0), (client, other)))
+        for rank, each in enumerate((client, other)):
+            stage(granted, rank, 0, 1)
+            each.report(lambda seq: Staged(seq=seq, slot=0, step=1, copy_s=0.0))
+        assert outcomes.get(timeout=30).outcome == "committed"
+        stage(granted, 0, 1, 2)
+        client.report(lambda seq: Staged(seq=seq, slot=1, step=2, copy_s=0.0))
+        assert not any(isinstance(message, Ack) for message in heard)
+        client.close()
+        assert [message.seq for message in heard if isinstance(message, Ack)] == [2, 3]
+        assert client._outbox.all_acknowledged.is_set()
+        other.close()
