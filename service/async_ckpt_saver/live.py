@@ -81,7 +81,7 @@ class LiveRun:
         self._on_fail = on_fail
         self._uploader = uploader
         self._machine = Run(image.record.options.world)
-        self._chronicle = Chronicle(services.loop.time, lambda: services.on_settled)
+        self._chronicle = Chronicle(services.loop.time, image.record.options.world, lambda: services.on_settled)
         self._trace = RunTrace(lambda traced: self._send(0, traced)) if image.record.trace else None
         self._agreement = Agreement(image.record.options.world)
         self._early: EarlyWords | None = None

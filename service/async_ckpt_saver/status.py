@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import time
+from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 REMEMBERED_SAVES = 32
 ENDED_RUNS = 16
+_NEVER_S = -1.0
 
 RunState = Literal["starting", "live", "kept", "ended", "relayed"]
 
@@ -130,10 +132,27 @@ class SaverStatus(msgspec.Struct, frozen=True):
     uploads: list[UploadStatus] = []
 
 
+class _Stagings:
+    """When each of `world` ranks was heard to have staged a save, and what it said of it: 24 bytes a rank, for there
+    may be thousands, and many saves are remembered. What is said first counts."""
+
+    def __init__(self, world: int) -> None:
+        self._at_s, self._copy_s, self._stall_s = (array("d", [_NEVER_S]) * world for _ in range(3))
+
+    def add(self, rank: int, at_s: float, said: Staged) -> None:
+        if self._at_s[rank] == _NEVER_S:
+            self._at_s[rank], self._copy_s[rank], self._stall_s[rank] = at_s, said.copy_s, said.stall_s
+
+    def __iter__(self) -> Iterator[tuple[int, float, float, float]]:
+        """Rank, when, copy_s, stall_s; in the order of ranks."""
+        columns = zip(self._at_s, self._copy_s, self._stall_s, strict=True)
+        return ((rank, *said) for rank, said in enumerate(columns) if said[0] != _NEVER_S)
+
+
 class _Save:
-    def __init__(self, step: int, slot: int, started_s: float) -> None:
+    def __init__(self, step: int, slot: int, started_s: float, world: int) -> None:
         self.step, self.slot, self.started_s = step, slot, started_s
-        self.staged: dict[int, tuple[float, Staged]] = {}
+        self.staged = _Stagings(world)
         self.write_started_s: float | None = None
         self.settled_s: float | None = None
         self.settled: Settled | None = None
@@ -141,7 +160,8 @@ class _Save:
 
 
 class Chronicle:
-    """The last saves of one run and counts of all of them; times are those of `now_s`, which is monotonic.
+    """The last saves of one run of `world` ranks and counts of all of them; times are those of `now_s`, which is
+    monotonic. `observer` gives who is to be told of each save that has its outcome, if anybody is now.
 
     Causes of what was not committed: "copy_failed" (a rank's copy), "slot_busy" (a rank skipped it), "incomplete" (a
     rank died, left, or went on without it), "enospc", "eio" and other names of errors of the system while it was
@@ -149,9 +169,13 @@ class Chronicle:
     """
 
     def __init__(
-        self, now_s: Callable[[], float], observer: Callable[[], Callable[[SaveStatus], None] | None] = lambda: None
+        self,
+        now_s: Callable[[], float],
+        world: int,
+        observer: Callable[[], Callable[[SaveStatus], None] | None] = lambda: None,
     ) -> None:
         self.now_s = now_s
+        self._world = world
         self._observer = observer
         self._saves: OrderedDict[int, _Save] = OrderedDict()
         self._causes: dict[int, str] = {}
@@ -173,7 +197,7 @@ class Chronicle:
         if save.settled is not None:
             return  # said again
         if isinstance(message, Staged):
-            save.staged.setdefault(rank, (now_s, message))
+            save.staged.add(rank, now_s, message)
         else:
             self._causes.setdefault(message.step, "copy_failed" if isinstance(message, Failed) else "slot_busy")
 
@@ -202,7 +226,7 @@ class Chronicle:
     def _save(self, step: int, slot: int, now_s: float) -> _Save:
         save = self._saves.get(step)
         if save is None:
-            save = self._saves[step] = _Save(step, slot, now_s)
+            save = self._saves[step] = _Save(step, slot, now_s, self._world)
             while len(self._saves) > REMEMBERED_SAVES:
                 forgotten, _ = self._saves.popitem(last=False)
                 self._causes.pop(forgotten, None)
@@ -299,10 +323,7 @@ def _save_status(save: _Save, to_unix_s: float) -> SaveStatus:
         step=save.step,
         slot=save.slot,
         started_unix_s=save.started_s + to_unix_s,
-        staged=[
-            StagedBy(rank, at_s + to_unix_s, said.copy_s, said.stall_s)
-            for rank, (at_s, said) in sorted(save.staged.items())
-        ],
+        staged=[StagedBy(rank, at_s + to_unix_s, copy_s, stall_s) for rank, at_s, copy_s, stall_s in save.staged],
         write_started_unix_s=unix(save.write_started_s),
         settled_unix_s=unix(save.settled_s),
         outcome="open" if settled is None else settled.outcome,

@@ -24,7 +24,7 @@ class Told:
 
     def __init__(self, world: int = 2) -> None:
         self.machine = Run(world)
-        self.chronicle = Chronicle(Clock())
+        self.chronicle = Chronicle(Clock(), world)
 
     def say(self, rank: int, message: Staged | Skipped | Failed) -> None:
         self.chronicle.heard(rank, message)
@@ -50,8 +50,8 @@ def test_the_time_line_of_a_save() -> None:
     told.do(told.machine.commit_done(1, Settled(step=1, slot=1, outcome="committed", bytes=7, write_s=0.1)))
     assert save.settled_s is not None
     assert save.write_started_s is not None
-    assert [said.copy_s for _, said in save.staged.values()] == [0.25, 0.5]
-    order = [save.started_s, *(at_s for at_s, _ in save.staged.values()), save.write_started_s, save.settled_s]
+    assert [(rank, copy_s) for rank, _, copy_s, _ in save.staged] == [(0, 0.25), (1, 0.5)]
+    order = [save.started_s, *(at_s for _, at_s, _, _ in save.staged), save.write_started_s, save.settled_s]
     assert sorted(order) == order
     assert (told.chronicle.committed, told.chronicle.committed_bytes, told.chronicle.failures) == (1, 7, {})
     assert told.chronicle.last_commit_s == save.settled_s

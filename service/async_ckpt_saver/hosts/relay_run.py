@@ -76,7 +76,7 @@ class RelayRun:
         self._peers = {peer.rank: peer for peer in image.record.peers}
         self._services, self._link = services, link
         self._grants, self._on_end, self._on_fail = grants, on_end, on_fail
-        self._chronicle = Chronicle(services.loop.time, lambda: services.on_settled)
+        self._chronicle = Chronicle(services.loop.time, image.record.options.world, lambda: services.on_settled)
         sizes_bytes = image.sizes_bytes()
         spans = {rank: read_share(image.path, rank, sizes_bytes) for rank in self._peers}
         self._pieces = {rank: Pieces(each) for rank, each in spans.items()}
