@@ -100,7 +100,12 @@ def test_a_settled_step_needs_no_other_acknowledgement(home: Path, monkeypatch: 
     with SaverProcess(f"ipc://{home}/s", home, home / "log") as saver:
         client, other = (Client(transport_of(saver.endpoint), None) for _ in range(2))
         receive = client._receive
-        monkeypatch.setattr(client, "_receive", lambda message: (heard.append(message), receive(message)))
+
+        def overhear(message: FromSaver) -> None:
+            heard.append(message)
+            receive(message)
+
+        monkeypatch.setattr(client, "_receive", overhear)
         client.listen(on_settled=outcomes.put, on_lost=print, on_turn=lambda who: None, on_word=print)
         first = register(home / "run")
         options = msgspec.structs.replace(first.options, world=2)
