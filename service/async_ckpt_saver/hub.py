@@ -24,7 +24,7 @@ from async_ckpt.core.protocol import (
     Status,
     StatusWanted,
 )
-from async_ckpt.core.slots import copy_paths, read_journals, shm_identity
+from async_ckpt.core.slots import RunRecord, copy_paths, read_journals, shm_identity
 
 from . import __version__
 from .hosts.shares import host_of
@@ -64,11 +64,14 @@ class Hub:
             return
         from .image import RunImage
 
-        for image in RunImage.left_behind(self._services.endpoint):
+        images, unstarted = RunImage.left_behind(self._services.endpoint)
+        for image in images:
             try:
                 self._adopt(image)
             except Exception:  # one run that cannot be gone on with must not keep the saver from all the others
                 log.exception("run %s of %s is left as it is", image.path, image.directory)
+        for record in unstarted:
+            self._expect(record)
 
     @property
     def quiet(self) -> bool:
@@ -268,6 +271,17 @@ class Hub:
             if (host := host_of(peer.process)) is not None:
                 self._hosts[peer.identity] = host
         desk.adopt(image)
+
+    def _expect(self, record: RunRecord) -> None:
+        """Only a relay's lead has to be told who does not come back: here nobody waits for them."""
+        if record.lead is None or self._services.dial is None:
+            return
+        from .hosts.relay_desk import RelayDesk
+
+        desk = self._desk(record.options.directory, record.lead)
+        if isinstance(desk, RelayDesk):
+            self._places.update((peer.identity, desk) for peer in record.peers)
+            desk.expect(record.peers)
 
     def _desk(self, directory: str, lead: Lead | None) -> Desk | RelayDesk:
         key = directory if lead is None else f"{lead.endpoint} {lead.public_key.hex()} {directory}"

@@ -83,20 +83,21 @@ class RunImage:
         return total_bytes
 
     @classmethod
-    def left_behind(cls, endpoint: str) -> list[RunImage]:
-        """The runs of an earlier saver on this endpoint. One that had not started is removed, since its ranks will
-        register again, and so is one whose slots are damaged."""
-        found = []
+    def left_behind(cls, endpoint: str) -> tuple[list[RunImage], list[RunRecord]]:
+        """The runs of an earlier saver on this endpoint, and the records of those that had not started: these are
+        removed, since their ranks will register again, and so is one whose slots are damaged."""
+        found, unstarted = [], []
         for path, record in read_journals(endpoint):
             try:
                 slots = [SlotPaths(path, index) for index in range(record.options.slots)]
                 if record.started is None:
+                    unstarted.append(record)
                     remove_run(path)
                     continue
                 found.append(cls(path, record, [slot for slot in slots if slot.state.exists()]))
             except (OSError, CheckpointError):
                 remove_run(path)
-        return found
+        return found, unstarted
 
     def start(self, started: Started) -> None:
         """Note in the journal what the ranks are about to be told."""

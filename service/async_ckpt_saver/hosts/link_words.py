@@ -205,14 +205,15 @@ class Tell(_Said, frozen=True):
 
 
 class Opened(_Said, frozen=True):
-    """A run of which `Share`s follow. `keeps`: this relay is to keep copies of what the run commits.
-    `hosts_write`: it is to write its ranks' parts of each checkpoint itself."""
+    """A run of which `Share`s follow, one for each of `ranks`: all that are on the relay's host. `keeps`: this relay is
+    to keep copies of what the run commits. `hosts_write`: it is to write its ranks' parts of each checkpoint itself."""
 
     run: _Name
     job: _Name
     options: Options
     layout: Layout
     versions: Annotated[dict[_Name, _Name], msgspec.Meta(max_length=64)]
+    ranks: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=MAX_WORLD)]], msgspec.Meta(max_length=MAX_WORLD)]
     keeps: bool = False
     hosts_write: bool = False
 

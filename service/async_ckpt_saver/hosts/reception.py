@@ -54,7 +54,7 @@ from .link_words import (
 )
 from .remote import RemoteRank, SenselessError
 from .sessions import Session, Sessions, SessionWay
-from .shares import as_remote, read_layout, read_share
+from .shares import as_remote, host_of, read_layout, read_share
 from .spans import pack
 from .spreading import keeper_of
 
@@ -241,8 +241,9 @@ class Reception:
         if path.name not in session.opened:
             session.opened.add(path.name)
             keeps = record.options.replicas > 0 and session.host == keeper_of(record.peers)
+            ranks = [peer.rank for peer in record.peers if host_of(peer.process) == session.host]
             sessions.say(session, Opened(run=path.name, job=record.job, options=record.options, layout=layout,
-                                         versions=record.versions, keeps=keeps,
+                                         versions=record.versions, ranks=ranks, keeps=keeps,
                                          hosts_write=record.hosts_write))  # fmt: skip
         sessions.say(session, Share(identity=identity, run=path.name, rank=rank, owned=granted.owned,
                                     replicated=granted.replicated, spans=pack(spans)))  # fmt: skip

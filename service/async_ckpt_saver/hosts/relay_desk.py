@@ -29,14 +29,15 @@ from async_ckpt.core.protocol import (
     decode_from_saver,
     encode,
 )
-from async_ckpt.core.slots import Peer, RunRecord
+from async_ckpt.core.slots import Peer
 
 from ..image import RunImage
 from ..services import Services
 from ..status import RunStatus
 from ..watch import ProcessWatch
-from .link_words import Held, Left, OfCopies, Opened, PartFailed, Said, Say, Share, Tell, Wanted, WritePart
-from .relay_image import create_relay_image
+from .farewells import Farewells
+from .link_words import Held, OfCopies, Opened, PartFailed, Said, Say, Share, Tell, Wanted, WritePart
+from .relay_image import create_relay_image, grants_of
 from .relay_run import RelayRun
 
 log = logging.getLogger(__name__)
@@ -68,10 +69,11 @@ class RelayDesk:
         self._incarnation = ""
         self._ran = False  # ranks have been served: what is kept here is of their job
         self._link = services.dial(lead, self)
+        self._farewells = Farewells(self._link.say)
 
     @property
     def empty(self) -> bool:
-        return not (self._attaching or self._withdrawn or self._runs or self._awaits_end)
+        return not (self._attaching or self._withdrawn or self._runs or self._farewells or self._awaits_end)
 
     @property
     def registering(self) -> bool:
@@ -102,6 +104,7 @@ class RelayDesk:
             return
         if identity in self._attaching:
             return  # said twice, because the answer takes time
+        self._farewells.back(identity)
         self._attaching[identity] = _Attaching(message, self._services.now_s())
         self._watch.add(identity, message.process)
         self._say_register(identity, message)
@@ -118,6 +121,8 @@ class RelayDesk:
             run.receive(run.ranks[identity], message)
         elif not self.knows(identity):
             return False
+        elif identity in self._farewells:
+            self._services.send(identity, Pong(incarnation=self._services.incarnation, known=False))
         elif isinstance(message, Ping):
             self._services.send(identity, Pong(incarnation=self._services.incarnation, known=True))
         elif isinstance(message, LayoutSent):
@@ -127,7 +132,8 @@ class RelayDesk:
         return True
 
     def knows(self, identity: bytes) -> bool:
-        return identity in self._attaching or identity in self._withdrawn or self._run_of(identity) is not None
+        waiting = identity in self._attaching or identity in self._withdrawn or identity in self._farewells
+        return waiting or self._run_of(identity) is not None
 
     def process_gone(self, identity: bytes) -> None:
         run = self._run_of(identity)
@@ -138,7 +144,7 @@ class RelayDesk:
         if attaching is not None and not self._incarnation:
             self._died_unheard(identity, attaching.message)
             return
-        self._link.say(Left(identity=identity))
+        self._farewells.gone(identity)
         if run is not None:
             self._abandon(run, f"rank {run.ranks[identity]} died while attaching")
 
@@ -152,6 +158,12 @@ class RelayDesk:
 
     def adopt(self, image: RunImage) -> None:
         self._install(image, None).recover()
+
+    def expect(self, peers: list[Peer]) -> None:
+        """Ranks whose run had not started when an earlier saver was killed: it is gone, and they register again."""
+        self._farewells.expect([peer.identity for peer in peers], self._services.now_s())
+        for peer in peers:
+            self._watch.add(peer.identity, peer.process)
 
     def status(self) -> list[RunStatus]:
         return [run.status("relayed") for run in self._runs]
@@ -171,6 +183,7 @@ class RelayDesk:
             for identity, (message, since_s) in self._withdrawn.items()
             if now_s - since_s <= _REMEMBER_S
         }
+        self._farewells.tick(now_s, silent_s, self._services.lease_s)
         for run in list(self._runs):
             if not run.living and silent_s > self._services.lease_s:
                 log.error("the lead at %s has been silent for %.0f s: what the ranks of %s have staged here is lost",
@@ -193,6 +206,7 @@ class RelayDesk:
                 self._drop(run)
             else:
                 run.session_began()
+        self._farewells.session_began()
         for identity, each in self._attaching.items():
             each.share = None
             self._say_register(identity, each.message)
@@ -236,6 +250,8 @@ class RelayDesk:
     def _tell(self, identity: bytes, run: RelayRun | None, message: FromSaver) -> None:
         if run is not None:
             run.hear(run.ranks[identity], message)
+        elif isinstance(message, Pong | Rejected) and identity in self._farewells:
+            self._farewells.answered(identity)
         elif isinstance(message, Refused) and (identity in self._attaching or identity in self._withdrawn):
             self._refuse(identity, message.reason)
         elif isinstance(message, LayoutWanted | Rejected) and identity in self._attaching:
@@ -262,31 +278,22 @@ class RelayDesk:
         return None
 
     def _open_if_shared(self, name: str) -> None:
-        """The lead grants a run when all its ranks are there, so those of this host are all attaching by now."""
+        """As soon as every rank of this host is there, one that attaches again after its saver was replaced too."""
         opened = self._opened.get(name)
         if opened is None or name in self._opening:
             return
-        members = {identity: each for identity, each in self._attaching.items() if each.message.job == opened.job}
-        if all(each.share is not None and each.share.run == name for each in members.values()):
+        members = {identity: each for identity, each in self._attaching.items()
+                   if each.share is not None and each.share.run == name}  # fmt: skip
+        if {each.share.rank for each in members.values() if each.share is not None} == {*opened.ranks}:
             self._opening.add(name)
             self._services.spawn(self._open(opened, members))
 
     async def _open(self, opened: Opened, members: dict[bytes, _Attaching]) -> None:
-        shares = {identity: each.share for identity, each in members.items() if each.share is not None}
+        shared = [(each.share, each.message.process) for each in members.values() if each.share is not None]
         first = next(iter(members.values())).message
-        record = RunRecord(
-            job=opened.job,
-            options=opened.options,
-            files=[file.path for file in opened.layout.files],
-            peers=[Peer(share.rank, identity, members[identity].message.process) for identity, share in shares.items()],
-            launcher=None,
-            versions=opened.versions,
-            lead=self._lead,
-            hosts_write=opened.hosts_write,
-        )
         try:
             image = await self._services.in_thread(
-                lambda: create_relay_image(self._services, record, opened, list(shares.values()))
+                lambda: create_relay_image(self._services, self._lead, opened, shared)
             )
         except Exception as error:
             if not isinstance(error, CheckpointError):
@@ -301,13 +308,7 @@ class RelayDesk:
             return
         for identity in members:
             del self._attaching[identity]
-        images = [str(slot.image) for slot in image.slots]
-        grants = {
-            share.rank: Granted(
-                run=str(image.path), slot_directories=images, owned=share.owned, replicated=share.replicated
-            )
-            for share in shares.values()
-        }
+        grants = grants_of(image, [share for share, _ in shared])
         run = self._install(image, grants)
         for rank in grants:
             run.grant(rank)

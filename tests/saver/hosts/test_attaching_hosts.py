@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from async_ckpt.core.layout import TensorSpec, plan_file
@@ -24,6 +25,7 @@ from async_ckpt.core.protocol import (
 )
 from async_ckpt.core.retention_policy import Policy
 from tests.saver.hosts.two_hosts import FILE, Job, Rank, hosts, possible, status_of
+from tests.saver.hosts.wire import Wire
 from tests.saver.saver_process import until
 
 pytestmark = pytest.mark.skipif(not possible(), reason="needs the right to make mount namespaces (root)")
@@ -88,12 +90,7 @@ def test_a_saver_that_is_killed_while_ranks_attach(folder: Path, victim: str, wh
             killed.start()
             if when == "granted":
                 for rank in (near, far):
-
-                    def unknown(rank: Rank = rank) -> bool:
-                        rank.peer.say(Ready())
-                        return any(not rank.peer.alive().known for _ in range(1))
-
-                    until(unknown, f"rank {rank.rank} hears that its run is not known")
+                    until(lambda rank=rank: unknown(rank), f"rank {rank.rank} hears that its run is not known")  # type: ignore[misc]
                 made[0].kill()  # and all that it had heard of this attach
                 made[0].start()
                 lead = near.lead()
@@ -106,6 +103,73 @@ def test_a_saver_that_is_killed_while_ranks_attach(folder: Path, victim: str, wh
         finally:
             near.close()
             far.close()
+
+
+def unknown(rank: Rank) -> bool:
+    rank.peer.say(Ready())
+    return not rank.peer.alive().known
+
+
+def test_ranks_of_a_relay_that_is_killed_before_the_start_attach_through_the_next(folder: Path) -> None:
+    """One after the other: its run is opened when both are there, and for both."""
+    with hosts(folder, folder / "root", lease_s=3600.0) as made:
+        near, *far = (Rank(made[n > 0], n, 3, folder / "root/run") for n in range(3))
+        try:
+            lead = near.lead()
+            near.register()
+            for rank in far:
+                rank.register(lead)
+            near.ready()
+            for rank in far:
+                rank.peer.hear(Granted)
+            made[1].kill()
+            made[1].start()
+            for rank in far:
+                until(lambda rank=rank: unknown(rank), "the rank hears that its run is not known")  # type: ignore[misc]
+                rank.register(lead)
+                until(lambda rank=rank: rank.peer.alive().known, "it is attaching again")  # type: ignore[misc]
+            for rank in far:
+                rank.ready()
+            assert len({rank.granted.run for rank in far if rank.granted is not None}) == 1
+            assert near.granted is not None
+            for rank in (near, *far):
+                rank.peer.hear(Started)
+        finally:
+            for rank in (near, *far):
+                rank.close()
+
+
+@pytest.mark.parametrize("when", ["before the next is there", "before it reaches the lead", "afterwards"])
+def test_a_rank_that_dies_when_its_relay_was_killed_before_the_start_ends_it_for_all(folder: Path, when: str) -> None:
+    """At once: by the lease the lead would wait for an hour."""
+    with hosts(folder, folder / "root", lease_s=3600.0) as made:
+        near, far = (Rank(host, n, 2, folder / "root/run") for n, host in enumerate(made))
+        try:
+            lead = near.lead()
+            wire = Wire(lead.endpoint)
+            far.register(msgspec.structs.replace(lead, endpoint=wire.endpoint))
+            near.register()
+            for rank in (near, far):
+                rank.peer.hear(Granted)
+            made[1].kill()
+            if when == "before the next is there":
+                far.kill()
+            elif when == "before it reaches the lead":
+                wire.cut()
+            made[1].start()
+            if when != "before the next is there":
+                until(lambda: not far.peer.alive().known, "the next relay tells its rank to attach again")
+                far.kill()
+            if when == "before it reaches the lead":
+                for _ in range(2):  # by then the relay has looked at its processes
+                    far.peer.alive()
+            wire.let_go()
+            assert "rank 1 died while attaching" in near.peer.hear(Refused).reason
+            until(lambda: not any(host.runs() for host in made), "nothing is left of the run")
+        finally:
+            near.close()
+            far.close()
+            wire.close()
 
 
 def test_a_rank_that_dies_while_attaching_ends_it_for_the_other_host(folder: Path) -> None:
