@@ -30,6 +30,7 @@ SECRET_VARIABLE = "ASYNC_CKPT_CURVE_SECRET"  # the file with one's own pair, of 
 SERVER_VARIABLE = "ASYNC_CKPT_CURVE_SERVER"  # the file with the saver's public key, of a rank
 ALLOW_VARIABLE = "ASYNC_CKPT_CURVE_ALLOW"  # the directory with the public keys of the ranks, of a saver
 CURVE_DOMAIN = "async-ckpt"
+HANDSHAKE_MS = 10_000  # for what accepts and then says nothing; ZeroMQ would wait 30 s, as long as a lease
 _MAX_SOCKET_PATH_BYTES = 100  # sun_path has 108
 _EVENT = struct.Struct("=HI")  # zmq_socket_monitor(3); pyzmq's own parser brings its asyncio with it
 
@@ -179,6 +180,7 @@ class Tcp:
         socket.set(zmq.CURVE_SERVERKEY, keys.server)
         socket.set(zmq.CURVE_PUBLICKEY, keys.own.public)
         socket.set(zmq.CURVE_SECRETKEY, keys.own.secret)
+        socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as error:

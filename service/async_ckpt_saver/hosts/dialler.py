@@ -14,7 +14,7 @@ import zmq
 
 from async_ckpt.core.limits import MAX_MESSAGE_BYTES
 from async_ckpt.core.protocol import Lead
-from async_ckpt.core.transport import next_failure, watch_handshakes
+from async_ckpt.core.transport import HANDSHAKE_MS, next_failure, watch_handshakes
 
 from ..memory import reuse_large_blocks
 from .lane import Lane, Payload
@@ -173,6 +173,7 @@ class Dialler:
             socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
             socket.set(zmq.LINGER, 0)
             socket.set(zmq.IPV6, "[" in self._lead.endpoint)
+            socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
             socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
             socket.set(zmq.HEARTBEAT_TIMEOUT, _SILENT_MS)
             socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -22,11 +23,13 @@ from async_ckpt.core.protocol import (
     Register,
     Rejected,
     Staged,
+    Started,
     StatusWanted,
     decode_from_saver,
     encode,
 )
 from async_ckpt.core.slots import links_path
+from async_ckpt_saver.hosts.dialler import PIECE_LANES
 from async_ckpt_saver.hosts.link_words import (
     LINK_PROTOCOL,
     Beat,
@@ -177,6 +180,32 @@ def test_an_address_that_cannot_be_listened_on_is_refused(folder: Path, address:
     with hosts(folder, folder / "root", "a") as (host,), Peer(host.endpoint) as rank:
         rank.say(LeadWanted(address=address, allow=b"k" * 40))
         assert said in rank.hear(Refused).reason
+
+
+@pytest.mark.full
+def test_a_port_that_accepts_and_says_nothing_costs_one_try(folder: Path) -> None:
+    """The next one finds the lead, before this host's patience of 25 s is over."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    silent.settimeout(30)
+    port = silent.getsockname()[1]
+    taken: list[socket.socket] = []
+    with hosts(folder, folder / "root") as made:
+        near, far = (Rank(host, n, 2, folder / "root/run", timeout_s=25.0) for n, host in enumerate(made))
+        try:
+            far.register(Lead(f"tcp://127.0.0.1:{port}", b"", b"", b""))
+            taken += [silent.accept()[0] for _ in range(1 + PIECE_LANES)]
+            silent.close()  # who was accepted stays so
+            near.lead(f"127.0.0.1:{port}", plain=True)
+            near.register()
+            for rank in (near, far):
+                rank.ready()
+            for rank in (near, far):
+                rank.peer.hear(Started)
+        finally:
+            near.close()
+            far.close()
+            for each in [silent, *taken]:
+                each.close()
 
 
 def test_noise_and_other_versions_change_nothing(folder: Path) -> None:
