@@ -107,9 +107,15 @@ def _hosts(status: SaverStatus) -> Iterator[Metric]:
         "async_ckpt_hosts", "Savers of other hosts that relay to this one.", value=len(status.hosts)
     )
     silent = GaugeMetricFamily("async_ckpt_host_silent_seconds", "Since a relay was last heard.", labels=["host"])
+    copy = GaugeMetricFamily("async_ckpt_host_copy_step", "The step a relay keeps a copy of in RAM.", labels=["host"])
     for name in sorted({host.name for host in status.hosts}):  # a saver of each, or several on one host
-        silent.add_metric([name], max(host.silent_s for host in status.hosts if host.name == name))
+        here = [host for host in status.hosts if host.name == name]
+        silent.add_metric([name], max(host.silent_s for host in here))
+        steps = [host.copy_step for host in here if host.copy_step is not None]
+        if steps:
+            copy.add_metric([name], max(steps))
     yield silent
+    yield copy
     relayed = CounterMetricFamily("async_ckpt_relayed_bytes", "Bytes that relays have handed over to this saver.")
     relayed.add_metric([], status.relayed_bytes)
     yield relayed

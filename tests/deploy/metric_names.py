@@ -22,6 +22,7 @@ SAVER_METRICS = {
     "async_ckpt_last_commit_step": "gauge",
     "async_ckpt_hosts": "gauge",
     "async_ckpt_host_silent_seconds": "gauge",
+    "async_ckpt_host_copy_step": "gauge",
     "async_ckpt_relayed_bytes_total": "counter",
     "async_ckpt_uploads_total": "counter",
     "async_ckpt_upload_failures_total": "counter",

@@ -111,8 +111,9 @@ function section(run, status) {
 
 function hosts(status) {
   if (!status.hosts.length) return [];
+  const copy = (host) => (host.copy_step === null ? "" : `, keeps a copy of step ${host.copy_step} in RAM`);
   const lines = status.hosts.map((host) =>
-    fact(host.name, `${host.ranks} ranks, ${size(host.relayed_bytes)} handed over, heard ${seconds(host.silent_s)} ago`));
+    fact(host.name, `${host.ranks} ranks, ${size(host.relayed_bytes)} handed over, heard ${seconds(host.silent_s)} ago${copy(host)}`));
   return [element("section", "", element("h2", "", "hosts that relay to this saver"), element("ul", "facts", ...lines))];
 }
 
