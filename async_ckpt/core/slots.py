@@ -7,6 +7,7 @@
         slot-0.record-0         rank 0's `SaveRecord` of the step that is in the slot; other ranks' if they have one
         layout.msgpack, share-1  of a run on several hosts: the bytes that rank 1, on another host, owns
     /dev/shm/async-ckpt-<uid>/links-<key>      how a saver listens for those of other hosts
+    /dev/shm/async-ckpt-<uid>/uploads-<key>-... a directory whose uploads to a second tier are not done
     /dev/shm/async-ckpt-<uid>/copy-<key>-.../  a whole checkpoint that a saver keeps for other hosts
 
 A rank writes only its own cell, and only in the order WRITING -> copy -> STAGED, so a slot whose cells all say STAGED
@@ -209,7 +210,7 @@ class SlotPaths:
         if len(data) > MAX_RECORD_BYTES:
             raise CheckpointError(f"the state of rank {rank} besides tensors has {len(data)} bytes, at most "
                                   f"{MAX_RECORD_BYTES} are allowed: keep large data in tensors")  # fmt: skip
-        _replace(path, data)
+        replace_file(path, data)
 
     def read_record(self, rank: int) -> SaveRecord:
         """Raises CheckpointError if the record is missing, damaged, or larger than any that `write_record` writes."""
@@ -240,10 +241,11 @@ class SlotPaths:
 
 def write_journal(run: Path, record: RunRecord) -> None:
     """Raises CheckpointError if shared memory is full; then the journal is as it was."""
-    _replace(run / "run.msgpack", msgspec.msgpack.encode(record))
+    replace_file(run / "run.msgpack", msgspec.msgpack.encode(record))
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """In one step: a kill leaves the old one or the new one. Raises CheckpointError if shared memory is full."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write_private(temporary, content)
@@ -265,13 +267,13 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def new_run_path(endpoint: str) -> Path:
-    return shm_root() / f"{_endpoint_key(endpoint)}-{secrets.token_hex(8)}"
+    return shm_root() / f"{endpoint_key(endpoint)}-{secrets.token_hex(8)}"
 
 
 def read_journals(endpoint: str) -> Iterator[tuple[Path, RunRecord]]:
     """The runs that a saver of `endpoint` left in shared memory. A run killed before it had a journal is removed; what
     another user owns is not ours to believe or to remove."""
-    for run in sorted(shm_root().glob(f"{_endpoint_key(endpoint)}-*")):
+    for run in sorted(shm_root().glob(f"{endpoint_key(endpoint)}-*")):
         try:
             info = run.lstat()
             if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
@@ -283,25 +285,26 @@ def read_journals(endpoint: str) -> Iterator[tuple[Path, RunRecord]]:
 
 def links_path(endpoint: str) -> Path:
     """Where a saver of `endpoint` notes how it listens for savers of other hosts, with its keys."""
-    return shm_root() / f"links-{_endpoint_key(endpoint)}"
+    return shm_root() / f"links-{endpoint_key(endpoint)}"
 
 
 def new_copy_path(endpoint: str) -> Path:
     """Where a saver of `endpoint` keeps a whole checkpoint that another host's saver committed."""
-    return shm_root() / f"copy-{_endpoint_key(endpoint)}-{secrets.token_hex(8)}"
+    return shm_root() / f"copy-{endpoint_key(endpoint)}-{secrets.token_hex(8)}"
 
 
 def copy_paths(endpoint: str) -> list[Path]:
     """Those that are there, whole or not; what another user owns is none."""
     found = []
-    for path in sorted(shm_root().glob(f"copy-{_endpoint_key(endpoint)}-*")):
+    for path in sorted(shm_root().glob(f"copy-{endpoint_key(endpoint)}-*")):
         info = path.lstat()
         if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid():
             found.append(path)
     return found
 
 
-def _endpoint_key(endpoint: str) -> str:
+def endpoint_key(endpoint: str) -> str:
+    """Names in shared memory that belong to the savers of `endpoint` have it."""
     return hashlib.sha256(endpoint.encode()).hexdigest()[:12]
 
 

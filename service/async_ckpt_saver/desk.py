@@ -29,7 +29,7 @@ from .registration import Complete, Grant, Refusal, Registration, Verdict, Want
 from .services import Services
 from .status import RunStatus
 from .tiers import Tiers
-from .uploader import Uploaders
+from .uploaders import Uploaders
 from .watch import ProcessWatch
 
 log = logging.getLogger(__name__)
@@ -313,6 +313,7 @@ class Desk:
 
     def _end(self, run: LiveRun) -> None:
         self._runs.remove(run)
+        self.uploaders.run_ended(run.image.record.options)
         newest = None if run.clean else run.image.newest_image()
         self._unwatch(run)
         self._services.ended.append(run.status("ended"))

@@ -16,6 +16,7 @@ from async_ckpt.core.protocol import (
     Bye,
     FromRank,
     Lead,
+    Options,
     Ping,
     Pong,
     Refuse,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from .hosts.relay_desk import RelayDesk
     from .image import RunImage
     from .live import LiveRun
-    from .uploader import Uploaders
+    from .uploaders import Uploaders
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,12 @@ class Hub:
         self._hosts: dict[bytes, str] = {}  # where ranks are that relays speak for
 
     def adopt(self) -> None:
-        """Go on with what an earlier saver on this endpoint left: commit what is complete, wait for living ranks."""
+        """Go on with what an earlier saver on this endpoint left: commit what is complete, wait for living ranks, and
+        upload what is not in its second tier yet."""
         if copy_paths(self._services.endpoint):
             self._services.copies.adopt()
+        for options in self._services.unfinished.found() if self._services.unfinished is not None else ():
+            self._take_up(options)
         if next(read_journals(self._services.endpoint), None) is None:
             return
         from .image import RunImage
@@ -271,6 +275,18 @@ class Hub:
             if (host := host_of(peer.process)) is not None:
                 self._hosts[peer.identity] = host
         desk.adopt(image)
+
+    def _take_up(self, options: Options) -> None:
+        try:
+            desk = self._desk(str(location_of(options.directory)), None)
+        except CheckpointError as error:
+            log.error("what was to be uploaded of %s is left where it is: %s", options.directory, error)
+            return
+        from .desk import Desk
+
+        if isinstance(desk, Desk):
+            log.info("goes on with what %s has not uploaded to %s", options.directory, options.upload_to)
+            desk.uploaders.take_up(options)
 
     def _expect(self, record: RunRecord) -> None:
         """Only a relay's lead has to be told who does not come back: here nobody waits for them."""

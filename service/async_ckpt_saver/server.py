@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .eyes import Eyes
     from .hosts.links import Links
     from .http_listener import Address
+    from .unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +184,8 @@ class Server:
             keep_image_s=self._config.keep_image_s,
             orphan_image_s=self._config.orphan_image_s,
             direct=self._config.direct,
+            # What an embedded one leaves, only the next job of that directory takes up, and that compares the tiers.
+            unfinished=None if self._config.embedded else _unfinished(self._config.bind),
         )
         self._hub = Hub(services)
         services.dial = lambda lead, events: self._with_links().dial(lead, events)
@@ -333,3 +336,9 @@ class Server:
         if not self._looking_again:
             self._looking_again = True
             self._loop.call_soon(self._drain_socket)
+
+
+def _unfinished(endpoint: str) -> Unfinished:
+    from .unfinished import Unfinished  # an embedded saver has no use for it
+
+    return Unfinished(endpoint)

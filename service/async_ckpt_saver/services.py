@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .hosts.spreading import Spreading
     from .hosts.who_writes import Relay
     from .storage import Storage
+    from .unfinished import Unfinished
 
 T = TypeVar("T")
 
@@ -47,7 +48,8 @@ class Services:
     `relayed_bytes` came from savers of other hosts. `dial` makes a way to a lead, for ranks whose job has it elsewhere.
 
     `ended` are the last runs that are over. `on_settled` is told of each save that has its outcome, `on_uploaded` of
-    each upload to a second tier. `way_of` leads to the relay that speaks for a rank; `copies` are whole checkpoints in
+    each upload to a second tier; `unfinished` notes those that outlive their run, where another saver follows a killed
+    one by itself. `way_of` leads to the relay that speaks for a rank; `copies` are whole checkpoints in
     RAM that other hosts have committed, `spreading` brings them there.
 
     `lease_s`: after how long a silent rank that cannot be watched counts as dead. `keep_image_s`: how long the newest
@@ -69,6 +71,7 @@ class Services:
     ended: deque[RunStatus] = field(default_factory=lambda: deque(maxlen=ENDED_RUNS))
     on_settled: Callable[[SaveStatus], None] | None = None
     on_uploaded: Callable[[UploadedStep], None] = lambda upload: None
+    unfinished: Unfinished | None = None
     relayed_bytes: int = 0
     dial: Callable[[Lead, LinkEvents], Link] | None = None
     hosts: Callable[[], list[HostStatus]] = list

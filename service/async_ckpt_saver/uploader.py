@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Protocol
 
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.holding import reading
@@ -24,7 +23,7 @@ from async_ckpt.core.manifest import (
     manifest_bytes,
     manifests,
 )
-from async_ckpt.core.protocol import FromSaver, Options, Uploaded
+from async_ckpt.core.protocol import Options, Uploaded
 from async_ckpt.core.retention_policy import Policy
 
 from .retention import expired, kept_by, metrics_of
@@ -37,10 +36,6 @@ from .writer import CommitJob, CommitResult
 log = logging.getLogger(__name__)
 
 
-class _Listener(Protocol):
-    def tell_all(self, message: FromSaver) -> None: ...
-
-
 class _Gone(CheckpointError):
     """It is not in the first tier any more."""
 
@@ -49,17 +44,24 @@ class Uploader:
     """From `directory` to `url`, one checkpoint at a time; every method is called in the saver's loop.
 
     An upload that fails is tried again when the next checkpoint is committed, and when the next run begins. `tell` is
-    given what became of each.
+    given what became of each; `on_rest` comes when there is no more to do for now.
     """
 
-    def __init__(self, services: Services, directory: str, url: str, tell: Callable[[Uploaded], None]) -> None:
+    def __init__(
+        self,
+        services: Services,
+        directory: str,
+        url: str,
+        tell: Callable[[Uploaded], None],
+        on_rest: Callable[[], None],
+    ) -> None:
         self.url = url
         self._services = services
         self._directory = directory
         self._first = services.storage(directory)
         self._second = services.storage(url)
         self._place: Location = location_of(url)
-        self._tell = tell
+        self._tell, self._on_rest = tell, on_rest
         self._queue = Uploads()
         self._chronicle = UploadChronicle(services.loop.time, wall_clock_s, lambda upload: services.on_uploaded(upload))
         self._policy = Policy()
@@ -74,6 +76,11 @@ class Uploader:
     @property
     def idle(self) -> bool:
         return self._task is None or self._task.done()
+
+    @property
+    def failing(self) -> bool:
+        """The second tier lacks what it should have, or nobody knows."""
+        return self._incomparable or self._queue.has_failed
 
     def serve(self, options: Options) -> None:
         """A run with these options begins, or is gone on with: queue what an earlier one did not upload."""
@@ -134,6 +141,7 @@ class Uploader:
                 self._comparing = False
                 await self._compare()
             else:
+                self._on_rest()
                 return
 
     async def _upload(self, step: int) -> None:
@@ -236,44 +244,3 @@ def _manifest_at(checkpoint: Location) -> Manifest | None:
         return decode_manifest(manifest_bytes(checkpoint / MANIFEST_NAME))
     except FileNotFoundError:
         return None
-
-
-class Uploaders:
-    """Those of one directory: one for each second tier that its runs have named."""
-
-    def __init__(self, services: Services, directory: str, listeners: Callable[[], Iterable[_Listener]]) -> None:
-        self._services = services
-        self._directory = directory
-        self._listeners = listeners
-        self._uploaders: dict[str, Uploader] = {}
-
-    @property
-    def idle(self) -> bool:
-        return all(each.idle for each in self._uploaders.values())
-
-    def of(self, options: Options) -> Uploader | None:
-        """The one of a run, which begins or is gone on with; None if it names no second tier, or one outside the roots
-        that a restarted saver was given: what the run has staged is committed all the same."""
-        if not options.upload_to:
-            return None
-        url = str(location_of(options.upload_to))
-        self._uploaders = {name: each for name, each in self._uploaders.items() if name == url or not each.idle}
-        if url not in self._uploaders:
-            try:
-                self._uploaders[url] = Uploader(self._services, self._directory, url, self._tell)
-            except CheckpointError as error:
-                log.error("nothing of %s is uploaded: %s", self._directory, error)
-                return None
-        self._uploaders[url].serve(options)
-        return self._uploaders[url]
-
-    def status(self) -> list[UploadStatus]:
-        return [each.status() for each in self._uploaders.values()]
-
-    async def close(self) -> None:
-        for each in self._uploaders.values():
-            await each.close()
-
-    def _tell(self, message: Uploaded) -> None:
-        for each in self._listeners():
-            each.tell_all(message)

@@ -50,6 +50,11 @@ class Uploads:
         return frozenset(self._queued if self.uploading is None else self._queued | {self.uploading})
 
     @property
+    def has_failed(self) -> bool:
+        """There are steps that are to be tried again."""
+        return any(each.outcome == "failed" for each in self._missed.values())
+
+    @property
     def idle(self) -> bool:
         return not self._queued and self.uploading is None
 

@@ -12,7 +12,7 @@ from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.location import Url
 from async_ckpt.core.objects import Objects
 from async_ckpt.core.retention_policy import Policy
-from async_ckpt.core.slots import read_journals
+from async_ckpt.core.slots import endpoint_key, read_journals, shm_root
 from async_ckpt_saver.multipart import upload_image_file
 from async_ckpt_saver.object_collection import abort_uploads, unfinished_uploads
 from tests.cloud.proxy import Proxy
@@ -24,6 +24,11 @@ from tests.saver.saver_process import Peer, until
 _MIDDLE = 12 << 20  # bytes after which an upload is in the middle
 
 
+def tiered_notes(tiered: Tiered) -> list[Path]:
+    """What is noted of uploads that are not done."""
+    return list(shm_root().glob(f"uploads-{endpoint_key(tiered.endpoint)}-*"))
+
+
 @pytest.fixture
 def tiered(proxied: tuple[Url, Proxy], weed: Weed, folder: Path) -> Iterator[Tiered]:
     folder.chmod(0o700)  # the saver listens in it
@@ -32,6 +37,7 @@ def tiered(proxied: tuple[Url, Proxy], weed: Weed, folder: Path) -> Iterator[Tie
     yield made
     proxy.say("pass")
     assert list(read_journals(made.endpoint)) == []
+    assert tiered_notes(made) == []
     objects = Objects(url)
     assert unfinished_uploads(objects, url) == []
     assert {path.partition("/")[0] for path in objects.walk(url.key)} == {f"checkpoint-{step}" for step in made.there()}
@@ -86,8 +92,8 @@ def test_a_saver_killed_in_mid_upload_is_followed_by_one_that_ends_it(tiered: Ti
     assert tiered.there() == [1, 2]
 
 
-def test_what_a_saver_did_not_upload_the_next_job_uploads(tiered: Tiered) -> None:
-    """Killed when its job had left: nothing in shared memory tells of it, the two tiers do."""
+def killed_when_its_job_had_left(tiered: Tiered) -> None:
+    """In mid-upload of step 2."""
     with Peer(tiered.endpoint) as peer:
         first = tiered.saver()
         tiered.start(peer)
@@ -99,7 +105,42 @@ def test_what_a_saver_did_not_upload_the_next_job_uploads(tiered: Tiered) -> Non
         tiered.leave()
         until(lambda: list(read_journals(tiered.endpoint)) == [], "the run is over")
         first.kill()
-        tiered.proxy.say("pass")
+    assert len(tiered_notes(tiered)) == 1
+
+
+def test_what_a_saver_did_not_upload_the_next_one_uploads_by_itself(tiered: Tiered) -> None:
+    killed_when_its_job_had_left(tiered)
+    tiered.proxy.say("pass")
+    with tiered.saver():
+        until(lambda: tiered.there() == [1, 2], f"step 2 in the store: {tiered.log.read_text()[-2000:]}", 60.0)
+        until(lambda: not tiered_notes(tiered), "the note is gone")
+    tiered.assert_alike(2)
+
+
+def test_a_note_stays_until_a_saver_could_upload(tiered: Tiered) -> None:
+    """The first successor is killed as well; to the second one the store is closed; the third one is let in."""
+    killed_when_its_job_had_left(tiered)
+    tiered.proxy.say("pass")
+    tiered.proxy.stop_after(_MIDDLE)
+    second = tiered.saver()
+    assert tiered.proxy.stopped.wait(30)
+    second.kill()
+    tiered.proxy.say("skewed")
+    with tiered.saver() as third:
+        until(lambda: "cannot be compared" in third.said(), "the store lets nobody look", 60.0)
+    assert len(tiered_notes(tiered)) == 1
+    tiered.proxy.say("pass")
+    with tiered.saver():
+        until(lambda: tiered.there() == [1, 2] and not tiered_notes(tiered), "all is uploaded", 60.0)
+    tiered.assert_alike(2)
+
+
+def test_what_a_saver_did_not_upload_the_next_job_uploads(tiered: Tiered) -> None:
+    """Also where nothing in shared memory tells of it: the two tiers do."""
+    killed_when_its_job_had_left(tiered)
+    tiered.proxy.say("pass")
+    for noted in tiered_notes(tiered):
+        noted.unlink()
     with tiered.saver(), Peer(tiered.endpoint) as peer:
         tiered.start(peer, job="next")
         assert tiered.uploaded(2).outcome == "uploaded"
@@ -180,6 +221,8 @@ def test_a_checkpoint_that_is_damaged_here_is_not_copied(tiered: Tiered) -> None
         assert failed.outcome == "failed"
         assert f"{path} is not what its manifest says: it is damaged" in failed.reason
         tiered.leave()
+    for noted in tiered_notes(tiered):  # for a saver that could do it
+        noted.unlink()
     assert tiered.there() == []
 
 
