@@ -85,7 +85,7 @@ class Services:
     _far_pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=16, thread_name_prefix="far")
     )
-    # Its own: a store that does not answer must not keep commits waiting.
+    # Its own: a store that does not answer keeps neither commits to another store waiting, nor the end of the saver.
     _upload_pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=4, thread_name_prefix="upload")
     )
