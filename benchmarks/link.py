@@ -2,12 +2,15 @@
 
     python -m benchmarks.link               # about 2 minutes on 2 cores
     python -m benchmarks.link --mib 64 --rounds 2
+    python -m benchmarks.link --mib 200 --copies
 
 Both savers are on this machine and talk over loopback, so every side of every way shares its cores: what is measured is
 work, not wire. Ways:
     raw tcp       one connection, sendall and recv_into one buffer
     raw CURVE     one connection of ZeroMQ with CURVE, DEALER to ROUTER, 1 MiB messages, dropped on arrival
     plain, CURVE  ours: from the image of one saver into the image of another, acknowledged; plain hashed as well
+    ... copy      with --copies, replicas=1: from the commit's word until the other saver has a whole, hashed copy
+                  (its CPU is that of the save before it as well)
 Ways take turns, round after round; the first round is not counted.
 """
 
@@ -59,7 +62,7 @@ from async_ckpt.core.protocol import (
 )
 from async_ckpt.core.region import Region
 from async_ckpt.core.retention_policy import Policy
-from async_ckpt.core.slots import Phase, SlotPaths, StateFile, shm_identity
+from async_ckpt.core.slots import Phase, SlotPaths, StateFile, copy_paths, shm_identity
 
 from . import measure
 
@@ -139,12 +142,13 @@ def send_curve(port: int, server: bytes, total_bytes: int) -> None:
 class _Rank:
     """Rank 0 holds one element, rank 1 all the rest."""
 
-    def __init__(self, endpoint: str, directory: Path, rank: int, total_bytes: int) -> None:
+    def __init__(self, endpoint: str, directory: Path, rank: int, total_bytes: int, replicas: int) -> None:
         self._context = zmq.Context(1)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set(zmq.IDENTITY, secrets.token_bytes(16))
         self._socket.connect(endpoint)
-        self._rank, self._directory = rank, directory
+        self._rank = rank
+        self._options = Options(str(directory), 2, 2, Policy(keep_last=1), 120.0, replicas=replicas)
         self._seq = 0
         self.file = plan_file("model.safetensors", [TensorSpec("w", "U8", (total_bytes + 1,))])
         self.granted: Granted | None = None
@@ -168,7 +172,7 @@ class _Rank:
         self.say(
             Register(
                 protocol=PROTOCOL,
-                options=Options(str(self._directory), 2, 2, Policy(), 120.0),
+                options=self._options,
                 job="link",
                 rank=self._rank,
                 process=process_of(os.getpid()),
@@ -191,7 +195,7 @@ class _Rank:
         paths = SlotPaths(Path(self.granted.run), slot)
         with (paths.image / self.file.path).open("r+b") as file:
             start = self.file.extents[0].start + 1
-            for offset in range(0, self.file.total_bytes - start, len(data)):
+            for offset in range(0, self.file.total_bytes - start if self._rank else 0, len(data)):
                 file.seek(start + offset)
                 file.write(data[: self.file.total_bytes - start - offset])
         paths.write_record(self._rank, SaveRecord(step, {}, None, {}))
@@ -204,8 +208,12 @@ class _Rank:
     def skip(self, step: int, slot: int) -> None:
         self._seq += 1
         self.say(Skipped(seq=self._seq, slot=slot, step=step, reason="measured"))
-        while self.hear(Settled).step != step:
+        self.settled(step)
+
+    def settled(self, step: int) -> str:
+        while (settled := self.hear(Settled)).step != step:
             pass
+        return str(settled.outcome)
 
     def close(self) -> None:
         self._context.destroy(0)
@@ -214,7 +222,7 @@ class _Rank:
 class Pair:
     """A lead and a relay, and a job of one rank at each."""
 
-    def __init__(self, home: Path, total_bytes: int, *, plain: bool) -> None:
+    def __init__(self, home: Path, total_bytes: int, *, plain: bool, replicas: int = 0) -> None:
         self._savers = []
         endpoints = []
         for name in ("lead", "relay"):
@@ -223,7 +231,10 @@ class Pair:
             command = [sys.executable, "-m", "async_ckpt_saver", "run", "--bind", endpoints[-1], "--root", str(home)]
             log = (home / f"{name}.log").open("wb")
             self._savers.append(subprocess.Popen([*command, "--grace-s", "0"], stdout=log, stderr=log))
-        self._near, self._far = (_Rank(each, home / "run", n, total_bytes) for n, each in enumerate(endpoints))
+        self._keeper = endpoints[1]
+        self._near, self._far = (
+            _Rank(each, home / "run", n, total_bytes, replicas) for n, each in enumerate(endpoints)
+        )
         public, secret = (b"", b"") if plain else zmq.curve_keypair()
         self._near.say(LeadWanted(address="127.0.0.1:0", allow=public, plain=plain))
         opened = self._near.hear(LeadOpen)
@@ -253,6 +264,24 @@ class Pair:
         self._near.skip(self._step, slot)
         return took_s
 
+    def measure_copy(self) -> float:
+        """Seconds, from when the lead has said that the step is committed until all of it is kept elsewhere."""
+        self._step += 1
+        slot = self._step % 2
+        before = self._kept()
+        for rank in (self._near, self._far):
+            rank.stage(self._step, slot, self._data)
+            rank.report(self._step, slot)
+        assert self._near.settled(self._step) == "committed"
+        begin_s = time.perf_counter()
+        while not self._kept() - before:
+            time.sleep(0.0005)
+            assert time.perf_counter() - begin_s < 120, "never copied"
+        return time.perf_counter() - begin_s
+
+    def _kept(self) -> set[Path]:
+        return {path for path in copy_paths(self._keeper) if (path / "copy.msgpack").exists()}
+
     def cpu_s(self) -> float:
         return measure.cpu_s(saver.pid for saver in self._savers)
 
@@ -269,7 +298,7 @@ def _raw_cpu_s() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def take_turns(total_bytes: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+def take_turns(total_bytes: int, rounds: int, *, copies: bool = False) -> dict[str, list[tuple[float, float]]]:
     """Seconds and CPU seconds, of both ends together, of each way and round."""
     from async_ckpt.core.slots import links_path, read_journals, remove_run
 
@@ -286,6 +315,11 @@ def take_turns(total_bytes: int, rounds: int) -> dict[str, list[tuple[float, flo
                 "raw CURVE": (lambda: raw_curve(total_bytes), _raw_cpu_s),
                 "CURVE": (pairs["CURVE"].measure, pairs["CURVE"].cpu_s),
             }
+            for name in ("plain copy", "CURVE copy") if copies else ():
+                home = Path(folder) / name
+                home.mkdir()
+                pair = pairs[name] = Pair(home, total_bytes, plain=name == "plain copy", replicas=1)
+                ways[name] = pair.measure_copy, pair.cpu_s
             results: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
             for number in range(rounds + 1):
                 for name, (way, cpu_s) in ways.items():
@@ -301,6 +335,8 @@ def take_turns(total_bytes: int, rounds: int) -> dict[str, list[tuple[float, flo
                     endpoint = f"ipc://{folder}/{name}/{side}/saver.sock"
                     for run, _ in list(read_journals(endpoint)):
                         remove_run(run)
+                    for copy in copy_paths(endpoint):
+                        remove_run(copy)
                     links_path(endpoint).unlink(missing_ok=True)
 
 
@@ -308,11 +344,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=512, help="of each hand-over (512)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--copies", action="store_true", help="measure copies in the RAM of a second host as well")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     gigabytes = (options.mib << 20) / 1e9
     print(f"load {os.getloadavg()[0]:.1f} before; {options.mib} MiB, {options.rounds} rounds, medians (least to most):")
-    results = take_turns(options.mib << 20, options.rounds)
+    results = take_turns(options.mib << 20, options.rounds, copies=options.copies)
     medians = {}
     for name, figures in results.items():
         speeds = [gigabytes / took_s for took_s, _ in figures]
@@ -325,6 +362,8 @@ def main() -> int:
         part = medians[ours] / medians[raw]
         fine &= part >= GOAL
         print(f"  {ours} is {part:.2f} of {raw} (goal: {GOAL})")
+        if options.copies:
+            print(f"  {ours} copy is {medians[f'{ours} copy'] / medians[ours]:.2f} of {ours}")
     if options.json:
         options.json.write_bytes(msgspec.json.format(json.dumps(results).encode(), indent=2))
     return 0 if fine else 1
