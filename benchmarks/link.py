@@ -347,6 +347,7 @@ def main() -> int:
     parser.add_argument("--copies", action="store_true", help="measure copies in the RAM of a second host as well")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or gigabytes stay in /dev/shm
     gigabytes = (options.mib << 20) / 1e9
     print(f"load {os.getloadavg()[0]:.1f} before; {options.mib} MiB, {options.rounds} rounds, medians (least to most):")
     results = take_turns(options.mib << 20, options.rounds, copies=options.copies)
