@@ -10,7 +10,6 @@ work, not wire. Ways:
     raw CURVE     one connection of ZeroMQ with CURVE, DEALER to ROUTER, 1 MiB messages, dropped on arrival
     plain, CURVE  ours: from the image of one saver into the image of another, acknowledged; plain hashed as well
     ... copy      with --copies, replicas=1: from the commit's word until the other saver has a whole, hashed copy
-                  (its CPU is that of the save before it as well)
 Ways take turns, round after round; the first round is not counted.
 """
 
@@ -249,6 +248,7 @@ class Pair:
         self._data = secrets.token_bytes(MESSAGE_BYTES)
         self._total_bytes = total_bytes
         self._step = 0
+        self._copying_cpu_s = 0.0
 
     def measure(self) -> float:
         """Seconds, from the rank's word until all of it is in the lead's journal."""
@@ -273,11 +273,16 @@ class Pair:
             rank.stage(self._step, slot, self._data)
             rank.report(self._step, slot)
         assert self._near.settled(self._step) == "committed"
-        begin_s = time.perf_counter()
+        begin_s, used_s = time.perf_counter(), self.cpu_s()
         while not self._kept() - before:
             time.sleep(0.0005)
             assert time.perf_counter() - begin_s < 120, "never copied"
-        return time.perf_counter() - begin_s
+        took_s = time.perf_counter() - begin_s
+        self._copying_cpu_s += self.cpu_s() - used_s
+        return took_s
+
+    def copying_cpu_s(self) -> float:
+        return self._copying_cpu_s
 
     def _kept(self) -> set[Path]:
         return {path for path in copy_paths(self._keeper) if (path / "copy.msgpack").exists()}
@@ -319,7 +324,7 @@ def take_turns(total_bytes: int, rounds: int, *, copies: bool = False) -> dict[s
                 home = Path(folder) / name
                 home.mkdir()
                 pair = pairs[name] = Pair(home, total_bytes, plain=name == "plain copy", replicas=1)
-                ways[name] = pair.measure_copy, pair.cpu_s
+                ways[name] = pair.measure_copy, pair.copying_cpu_s
             results: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
             for number in range(rounds + 1):
                 for name, (way, cpu_s) in ways.items():
