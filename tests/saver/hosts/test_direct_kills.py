@@ -208,6 +208,25 @@ def test_a_disk_that_fails_under_one_host_fails_the_step_and_the_next_is_tried(f
             job.close()
 
 
+def test_a_relay_that_is_told_to_end_waits_for_the_outcome_of_what_its_dead_ranks_had_staged(folder: Path) -> None:
+    with hosts(folder, folder / "root", direct="ab") as made:
+        _, relay = made
+        relay.kill()
+        relay.start("--grace-s", "60")
+        job = started(folder, made)
+        try:
+            job.ranks[1].kill()
+            until(lambda: "rank 1 of" in relay.saver.said(), "its relay has seen that rank 1 is gone")
+            relay.saver.process.terminate()
+            until(lambda: "signal 15: serving" in relay.saver.said(), "it goes on for now")
+            job.ranks[0].stage(2, 1)
+            assert job.ranks[0].settled(2).outcome == "committed"
+            assert relay.saver.process.wait(30) == -15
+            assert not relay.runs()
+        finally:
+            job.close()
+
+
 def test_a_slot_that_is_taken_while_it_is_written_fails_the_step(folder: Path) -> None:
     """By a rank that does not wait for the outcome: none of ours does, but half of it must not be committed."""
     faults = faults_of(folder, "b").build()
