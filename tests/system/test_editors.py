@@ -164,7 +164,8 @@ def models_stay_copyable(folder: Path) -> None:
         assert pickle.loads(pickle.dumps(copy.deepcopy(model))).peft_config.keys() == {"default"}
         hooked = sum(len(module._load_state_dict_pre_hooks) for module in model.modules())
     left = sum(len(module._load_state_dict_pre_hooks) for module in model.modules())
-    assert hooked - left == len(list(model.modules()))
+    owners = [module for module in model.modules() if [*module.parameters(False), *module.buffers(False)]]
+    assert hooked - left == 1 + len(owners), "the model itself, and whatever is written to"
 
 
 CASES: dict[str, Callable[[Path], None]] = {
