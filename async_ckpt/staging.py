@@ -130,6 +130,9 @@ class Staging:
         self._launcher = Launcher(graphs, functools.partial(_foreach_copy, non_blocking=True))
         self._tasks: queue.SimpleQueue[Copy | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="async-ckpt-staging", daemon=True)
+        if self._thread_may_check():
+            # Else the first save would take the time. What moves until then is prepared anew.
+            self._parameters.prepared(slots[0], self._parameters.lookup.views())
         self._thread.start()
 
     def begin(self, slot: Slot, step: int, make_record: MakeRecord, on_done: Callable[[Copy], None]) -> Copy:

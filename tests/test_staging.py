@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from async_ckpt.batch import Prepared
 from async_ckpt.core.errors import CheckpointError
 from async_ckpt.core.images import create_slots
 from async_ckpt.core.layout import FileLayout, TensorSpec, plan_file
@@ -289,3 +290,18 @@ def test_what_is_copied_into_a_slot_is_one_object_until_something_moves(run: Pat
     assert second is not first
     assert rig.staging._checked(rig.slots[0], views()) is second
     rig.staging.close()
+
+
+def test_the_first_save_finds_its_copy_prepared(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(run, overlap=True)
+    prepared = []
+    original = Prepared.of
+
+    def counted(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Prepared:
+        prepared.append(len(targets))
+        return original(targets, sources)
+
+    monkeypatch.setattr(Prepared, "of", counted)
+    rig.staging.begin(rig.slots[0], 5, lambda: None, lambda copy: None).done.wait(10)
+    rig.staging.close()
+    assert prepared == [2, 0], "the buffers, and the state of no optimizer; no parameter"
