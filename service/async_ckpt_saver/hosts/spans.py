@@ -92,23 +92,49 @@ class Pieces:
         self, spans: Sequence[Span], piece_bytes: int = PIECE_BYTES, edge_bytes: int = EDGE_PIECE_BYTES
     ) -> None:
         self._spans = spans
+        self._piece_bytes, self._edge_bytes = piece_bytes, edge_bytes
         self._ends = list(itertools.accumulate(span.stop - span.start for span in spans))
         self.total_bytes = self._ends[-1] if self._ends else 0
-        self._cuts = array("q", [0])
-        while (position := self._cuts[-1]) < self.total_bytes:
-            left = self.total_bytes - position
-            size = min(piece_bytes, max(edge_bytes, min(position, left // 2)))
-            self._cuts.append(position + min(size, left))
-        self.count = len(self._cuts) - 1
+        # Computed, not counted: the other end may speak of an image of a petabyte.
+        self._head = [0]
+        while self._head[-1] < self.total_bytes and not self._whole_from(self._head[-1]):
+            self._head.append(self._after(self._head[-1]))
+        self._whole = self._whole_from(self._head[-1])
+        self._tail: list[int] = []
+        position = self._head[-1] + self._whole * piece_bytes
+        while position < self.total_bytes:
+            position = self._after(position)
+            self._tail.append(position)
+        self.count = len(self._head) - 1 + self._whole + len(self._tail)
+
+    def _after(self, position: int) -> int:
+        """Where the piece that begins at `position` ends."""
+        left = self.total_bytes - position
+        return position + min(left, self._piece_bytes, max(self._edge_bytes, min(position, left // 2)))
+
+    def _whole_from(self, position: int) -> int:
+        """How many whole pieces follow one another from `position` on."""
+        left = self.total_bytes - position
+        if self._edge_bytes >= self._piece_bytes:
+            return left // self._piece_bytes
+        return max(0, left // self._piece_bytes - 1) if position >= self._piece_bytes else 0
+
+    def _start(self, number: int) -> int:
+        beyond = number - (len(self._head) - 1)
+        if beyond <= 0:
+            return self._head[number]
+        if beyond <= self._whole:
+            return self._head[-1] + beyond * self._piece_bytes
+        return self._tail[beyond - self._whole - 1]
 
     def size_bytes(self, number: int) -> int:
-        return self._cuts[number + 1] - self._cuts[number]
+        return self._start(number + 1) - self._start(number)
 
     def cut(self, number: int) -> list[Span]:
         """The parts of spans that piece `number` consists of. Raises IndexError if there is no such piece."""
         if not 0 <= number < self.count:
             raise IndexError(f"piece {number} of {self.count}")
-        position, stop = self._cuts[number], self._cuts[number + 1]
+        position, stop = self._start(number), self._start(number + 1)
         parts = []
         index = bisect.bisect_right(self._ends, position)
         while position < stop:

@@ -91,6 +91,14 @@ def test_pieces_are_small_at_both_ends_and_not_many_more(total_bytes: int, one: 
     assert len(sizes) <= total_bytes // piece_bytes + 4 * math.log2(piece_bytes / edge_bytes) + 4
 
 
+def test_pieces_of_a_petabyte_are_not_counted_one_by_one() -> None:
+    """Nobody has that much, but whoever says so must not hold up the saver that hears it."""
+    pieces = Pieces([Span(0, 0, 1 << 50)])
+    assert pieces.count == (1 << 28) + 4  # 1, 1 and 2 MiB and then whole ones, at both ends
+    assert sum(map(pieces.size_bytes, (0, 1, 2, pieces.count - 1))) == 5 << 20
+    assert pieces.cut(pieces.count - 1) == [Span(0, (1 << 50) - (1 << 20), 1 << 50)]
+
+
 def test_spans_survive_the_wire_and_lies_do_not() -> None:
     spans = [Span(0, 8, 20), Span(0, 24, 30), Span(1, 0, 4)]
     assert unpack(pack(spans), [30, 4]) == spans
